@@ -1,0 +1,119 @@
+"""What a model is: `GPTConfig`, a frozen, validated description. Nothing here computes anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from tapeless.errors import ConfigError, did_you_mean
+
+CHOICES = {
+    "norm": ("none", "rms", "layer"),
+    "activation": ("relu", "gelu"),
+    "attention": ("full", "flash"),
+    "residual": ("add", "mhc"),
+    "init": ("microgpt", "esp32gpt", "gpt2", "width"),
+}
+# One tensor index must fit 32 bits on the smallest chip we export to, and no real model comes near.
+MAX_SIZE = 2**24
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture of one GPT.
+
+    Raises `ConfigError`, naming the field, for values that make no model.
+    """
+
+    vocab_size: int | None = None  # V: number of tokens; None in a preset, until the data gives it
+    block_size: int = 16  # T: the longest context
+    n_layer: int = 1  # L
+    n_head: int = 4  # H: attention heads, each n_embd / n_head wide
+    n_embd: int = 16  # C: width of the residual stream
+    n_hidden: int = 0  # F: width of the MLP; 0 means 4·n_embd and is replaced by it
+    norm: str = "rms"  # "none" | "rms" | "layer"
+    norm_gain: bool = False  # a learned gain per channel
+    norm_bias: bool = False  # a learned bias per channel ("layer" only)
+    norm_embed: bool = False  # a norm after the embedding
+    norm_attn: bool = True  # a norm before attention
+    norm_mlp: bool = True  # a norm before the MLP
+    norm_final: bool = False  # a norm before the head
+    norm_eps: float = 1e-5
+    activation: str = "relu"  # "relu" | "gelu" (tanh form)
+    bias: bool = False  # biases in the linear layers
+    tied: bool = False  # the head is the transposed token embedding
+    attention: str = "full"  # "full" keeps the probabilities, "flash" only their log-sum-exp
+    residual: str = "add"  # "add" | "mhc" (hyper-connections)
+    n_streams: int = 1  # S: residual streams, 1 unless residual = "mhc"
+    init: str = "microgpt"  # how weights start; see tapeless.init
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_hidden", "n_streams", "vocab_size"):
+            value = getattr(self, name)
+            if name == "vocab_size" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(f"{name} must be a whole number, not {value!r}.")
+            if name == "n_hidden" and value == 0:
+                continue
+            if not 1 <= value <= MAX_SIZE:
+                raise ConfigError(f"{name} must be between 1 and {MAX_SIZE:,}, not {value:,}.")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name} cannot be {value!r}.{did_you_mean(str(value), choices)}")
+        for f in dataclasses.fields(self):
+            if f.type == "bool" and not isinstance(getattr(self, f.name), bool):
+                raise ConfigError(f"{f.name} must be true or false, not {getattr(self, f.name)!r}.")
+        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
+            raise ConfigError(f"norm_eps must be a number between 0 and 1, not {self.norm_eps!r}.")
+        if self.n_hidden == 0:
+            object.__setattr__(self, "n_hidden", 4 * self.n_embd)
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd must be divisible by n_head: {self.n_embd} / {self.n_head} leaves "
+                f"{self.n_embd % self.n_head}. Change one of them."
+            )
+        places = [n for n in ("norm_embed", "norm_attn", "norm_mlp", "norm_final") if getattr(self, n)]
+        if self.norm == "none" and places:
+            raise ConfigError(f"norm='none' but {places[0]} is true: set it to false or choose a norm.")
+        if self.norm_bias and self.norm != "layer":
+            raise ConfigError(f"norm_bias needs norm='layer', not {self.norm!r}.")
+        if self.norm_gain and not places:
+            raise ConfigError("norm_gain is true but no norm stands anywhere: set it to false.")
+        if self.norm_bias and not places:
+            raise ConfigError("norm_bias is true but no norm stands anywhere: set it to false.")
+        if self.residual == "add" and self.n_streams != 1:
+            raise ConfigError(f"residual='add' has one stream: n_streams must be 1, not {self.n_streams}.")
+        if self.residual == "mhc" and self.n_streams < 2:
+            raise ConfigError("residual='mhc' needs n_streams of 2 or more.")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def vocab(self) -> int:
+        """V, once it is known. Raises `ConfigError` while `vocab_size` is None."""
+        if self.vocab_size is None:
+            raise ConfigError("vocab_size is not set: it comes from the data, or give it yourself.")
+        return self.vocab_size
+
+    def replace(self, **changes: Any) -> GPTConfig:
+        """A copy with some fields changed. `n_hidden` follows `n_embd` where it was four times as wide.
+
+        Raises `ConfigError` for unknown fields, suggesting the nearest.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"no model setting is called {name!r}.{did_you_mean(name, known)}")
+        if "n_hidden" not in changes and self.n_hidden == 4 * self.n_embd:
+            changes["n_hidden"] = 0
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return dataclasses.asdict(self)

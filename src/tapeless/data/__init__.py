@@ -1,0 +1,1 @@
+"""Text in, tokens out: tokenizers, documents, and the built-in names."""

@@ -1,0 +1,121 @@
+"""Documents: lines of text, made into one token stream and spans into it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from tapeless.data.tokenizers import CharTokenizer
+from tapeless.errors import DataError
+from tapeless.rng import Random
+
+BUILT_IN = {"names": "names.txt"}
+
+
+def read_documents(source: str | Path) -> list[str]:
+    """The non-empty stripped lines of a text file, or of a built-in data set ("names").
+
+    Raises `DataError` if there is no such file, it cannot be read, is not UTF-8 text, or holds no
+    documents.
+    """
+    if str(source) in BUILT_IN:
+        text = (resources.files("tapeless.data") / BUILT_IN[str(source)]).read_text(encoding="utf-8")
+    else:
+        path = Path(source)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            built_in = ", ".join(BUILT_IN)
+            raise DataError(
+                f"no data file {str(source)!r}. Give a text file with one document a line, "
+                f"or a built-in data set: {built_in}."
+            ) from None
+        except IsADirectoryError:
+            raise DataError(f"{source} is a folder; expected a text file, one document a line.") from None
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{source} is not UTF-8 text (byte {error.start}); expected one document a line."
+            ) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"cannot read {source}: {reason}.") from None
+    documents = [line.strip() for line in text.split("\n")]
+    documents = [d for d in documents if d]
+    if not documents:
+        raise DataError(f"{source} holds no documents: it is empty or has only blank lines.")
+    return documents
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents as tokens: `stream` is BOS d₁ BOS d₂ BOS …; span (start, length) of a document
+    covers its leading BOS and its text, cut to the block; its targets end with the next BOS."""
+
+    stream: np.ndarray  # [M] int32
+    spans: np.ndarray  # [documents, 2] int64
+    n_cut: int  # documents longer than the block
+    digest: str  # of the stream: the same tokens, the same digest
+
+    @classmethod
+    def from_documents(
+        cls, documents: list[str], tokenizer: CharTokenizer, block_size: int
+    ) -> Corpus:
+        """Raises `DataError` if no document has a character the tokenizer knows."""
+        encoded = [ids for ids in map(tokenizer.encode, documents) if ids]
+        if not encoded:
+            raise DataError("no document holds a character that the tokenizer knows.")
+        lengths = np.array([len(ids) + 1 for ids in encoded])
+        ends = np.cumsum(lengths)
+        stream = np.empty(ends[-1] + 1, np.int32)
+        stream[0] = tokenizer.bos
+        stream[ends] = tokenizer.bos
+        inside = np.ones(len(stream), bool)
+        inside[0] = inside[ends] = False
+        stream[inside] = np.concatenate([np.array(ids, np.int32) for ids in encoded])
+        spans = np.stack([ends - lengths, np.minimum(lengths, block_size)], axis=1).astype(np.int64)
+        digest = hashlib.sha256(stream.tobytes()).hexdigest()
+        return cls(stream, spans, int(np.sum(lengths > block_size)), digest)
+
+
+class Shuffled:
+    """Documents in an order shuffled once, round and round."""
+
+    def __init__(self, corpus: Corpus, rng: Random, batch_size: int):
+        self._spans = corpus.spans[rng.permutation(len(corpus.spans))]
+        self._batch_size = batch_size
+
+    def take(self, step: int, steps: int) -> np.ndarray:
+        """Spans [steps, B, 2] of steps `step` to `step + steps` (from 0)."""
+        B = self._batch_size
+        index = np.arange(step * B, (step + steps) * B) % len(self._spans)
+        return self._spans[index].reshape(steps, B, 2)
+
+
+class Drawn:
+    """A random document each time, drawn again if it is longer than the block."""
+
+    def __init__(self, corpus: Corpus, rng: Random, batch_size: int, block_size: int):
+        starts = np.append(corpus.spans[:, 0], len(corpus.stream) - 1)
+        self._spans = corpus.spans
+        self._fits = np.diff(starts) <= block_size
+        if not self._fits.any():
+            raise DataError(
+                f"every document is longer than the block ({block_size} tokens): "
+                "set a larger block_size, or order=shuffle, which cuts them."
+            )
+        self._rng = rng
+        self._batch_size = batch_size
+
+    def take(self, step: int, steps: int) -> np.ndarray:
+        """Spans [steps, B, 2], drawn now: the order of calls is the order of draws."""
+        chosen = []
+        for _ in range(steps * self._batch_size):
+            i = self._rng.index(len(self._spans))
+            while not self._fits[i]:
+                i = self._rng.index(len(self._spans))
+            chosen.append(i)
+        return self._spans[chosen].reshape(steps, self._batch_size, 2)

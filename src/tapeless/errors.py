@@ -1,0 +1,35 @@
+"""The errors a user can cause or meet. Each message says what was wrong, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TapelessError(Exception):
+    """Base of every foreseeable error; the command line prints it on one line and exits with code 2."""
+
+
+class ConfigError(TapelessError):
+    """A model or training setting that cannot be used."""
+
+
+class DataError(TapelessError):
+    """Text or tokens that cannot be read or encoded."""
+
+
+class RunError(TapelessError):
+    """A run folder that is missing, incomplete, damaged or in the way."""
+
+
+class NumericsError(TapelessError):
+    """Training produced a loss that is not a finite number."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the nearest known word, or the list of known words."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" Known: {', '.join(known)}."

@@ -1,0 +1,44 @@
+"""How weights start. Gains are one, biases zero; the matrices follow the scheme `config.init`.
+
+scheme       each weight                                     drawn in the order
+microgpt     N(0, 0.08²)                                     wte, wpe, head; per layer wq, wk, wv, wo, w1, w2: [out][in]
+esp32gpt     N(0, 0.1²)                                      wte, wpe; per layer wq, wk, wv, wo, w1, w2; head: [in][out]
+gpt2         N(0, 0.02²); wo and w2 with 0.02/√(2L)          as microgpt
+width        N(0, 1/C)                                       as microgpt
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tapeless.config import GPTConfig
+from tapeless.rng import Random
+
+
+def initialise(p: Any, config: GPTConfig, rng: Random) -> None:
+    """Fill the parameter views `p` from `rng`."""
+    C = config.n_embd
+    std = {"microgpt": 0.08, "esp32gpt": 0.1, "gpt2": 0.02, "width": C**-0.5}[config.init]
+    residual_std = std / (2 * config.n_layer) ** 0.5 if config.init == "gpt2" else std
+    transpose = config.init != "esp32gpt"
+
+    def fill(w: Any, std: float = std) -> None:
+        # An embedding is a table of rows [V][C] in every scheme; only `[in, out]` weights turn.
+        target = w if w is p.wte or w is p.wpe or not transpose else w.T
+        target[...] = rng.gauss(w.size, std).reshape(target.shape)
+
+    fill(p.wte)
+    fill(p.wpe)
+    head_first = config.init != "esp32gpt"
+    if head_first and not config.tied:
+        fill(p.head)
+    for l in range(config.n_layer):
+        for part in range(3):
+            fill(p.wqkv[l][:, part * C : (part + 1) * C])
+        fill(p.wo[l], residual_std)
+        fill(p.w1[l])
+        fill(p.w2[l], residual_std)
+    if not head_first and not config.tied:
+        fill(p.head)
+    for name in ("norme_w", "norm1_w", "norm2_w", "normf_w"):
+        getattr(p, name)[...] = 1

@@ -1,0 +1,222 @@
+"""Where every number lives: the tensors of a model, their shapes, and their places in flat buffers.
+
+A `Tensor` says what one buffer holds; its shape may use the symbols `N` (tokens in the batch) and
+`D` (documents in the batch), which are known only when buffers are planned. Three lists describe a
+model completely: `parameters`, `activations` and `activation_grads`. Everything that stores, prints,
+counts, saves or compiles goes by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tapeless.config import GPTConfig
+
+N, D = "N", "D"  # symbolic sizes: tokens, documents of a batch
+ALIGN = 64  # bytes: a cache line, and the widest vector
+
+
+class Tensor(NamedTuple):
+    """One named array. A tensor that a config does not have is kept with a size of zero, so that
+    every config shares one schedule; such tensors are not listed to users."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float"  # "float" means the engine's own; or a NumPy name
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(sizes[s] if isinstance(s, str) else s for s in self.shape)
+
+
+@cache
+def parameters(config: GPTConfig) -> tuple[Tensor, ...]:
+    """Every parameter in buffer order (design, section 2). Weights are `[in, out]`: y = x·w + b."""
+    c = config
+    V, C, T, L, F, S = c.vocab, c.n_embd, c.block_size, c.n_layer, c.n_hidden, c.n_streams
+    none = (0,)
+
+    def norm(name: str, here: bool, *shape: int) -> list[Tensor]:
+        return [
+            Tensor(f"{name}_w", shape if here and c.norm_gain else (*shape[:-1], 0)),
+            Tensor(f"{name}_b", shape if here and c.norm_bias else (*shape[:-1], 0)),
+        ]
+
+    def bias(name: str, width: int) -> Tensor:
+        return Tensor(name, (L, width if c.bias else 0))
+
+    mhc = c.residual == "mhc"
+    mix = (L, 1) if S == 2 else (L, S, S)
+    streams: list[Tensor] = []
+    for i in (1, 2):
+        streams += [
+            Tensor(f"mix{i}", mix if mhc else none),
+            Tensor(f"alpha{i}", (L, S) if mhc else none),
+            Tensor(f"beta{i}", (L, S) if mhc else none),
+        ]
+    return (
+        Tensor("wte", (V, C)),
+        Tensor("wpe", (T, C)),
+        *norm("norme", c.norm_embed, C),
+        *norm("norm1", c.norm_attn, L, C),
+        Tensor("wqkv", (L, C, 3 * C)),
+        bias("bqkv", 3 * C),
+        Tensor("wo", (L, C, C)),
+        bias("bo", C),
+        *norm("norm2", c.norm_mlp, L, C),
+        Tensor("w1", (L, C, F)),
+        bias("b1", F),
+        Tensor("w2", (L, F, C)),
+        bias("b2", C),
+        *norm("normf", c.norm_final, C),
+        Tensor("head", none if c.tied else (C, V)),
+        *streams,
+        Tensor("contract", (S,) if mhc else none),
+    )
+
+
+@cache
+def activations(config: GPTConfig) -> tuple[Tensor, ...]:
+    """What the forward pass keeps for the backward pass, and its one scratch row `f`."""
+    c = config
+    V, C, T, L, F, H = c.vocab, c.n_embd, c.block_size, c.n_layer, c.n_hidden, c.n_head
+
+    def norm(number: str, here: bool, *shape: int | str) -> list[Tensor]:
+        return [
+            Tensor(f"h{number}", (*shape, C) if here else (0,)),
+            Tensor(f"mean{number}", shape if here and c.norm == "layer" else (*shape[:-1], 0)),
+            Tensor(f"rstd{number}", shape if here else (0,)),
+        ]
+
+    return (
+        Tensor("emb", (N, C) if c.norm_embed else (0,)),
+        *norm("e", c.norm_embed, N)[1:],
+        Tensor("x", (L + 1, N, C)),
+        *norm("1", c.norm_attn, L, N),
+        Tensor("qkv", (L, N, 3 * C)),
+        Tensor("probs", (L, N, H, T)),
+        Tensor("att", (L, N, C)),
+        Tensor("y", (L, N, C)),
+        *norm("2", c.norm_mlp, L, N),
+        Tensor("u", (L, N, F)),
+        Tensor("v", (L, N, F)),
+        *norm("f", c.norm_final, N),
+        Tensor("f", (N, C)),
+        Tensor("logits", (N, V)),
+        Tensor("lse", (N,)),
+        Tensor("loss", (N,)),
+    )
+
+
+@cache
+def activation_grads(config: GPTConfig) -> tuple[Tensor, ...]:
+    """Gradients of activations. One buffer a kind serves every layer: only the running gradient of
+    the residual stream, `x`, outlives a sublayer."""
+    c = config
+    return (
+        Tensor("emb", (N, c.n_embd) if c.norm_embed else (0,)),
+        Tensor("x", (N, c.n_embd)),
+        Tensor("h", (N, c.n_embd)),
+        Tensor("qkv", (N, 3 * c.n_embd)),
+        Tensor("row", (c.block_size,)),  # one query's attention scores
+        Tensor("att", (N, c.n_embd)),
+        Tensor("u", (N, c.n_hidden)),
+        Tensor("v", (N, c.n_hidden)),
+        Tensor("logits", (N, c.vocab)),
+    )
+
+
+@cache
+def decoding(config: GPTConfig) -> tuple[Tensor, ...]:
+    """What generating one position at a time needs: the activations of one token and, in place of
+    attention's probabilities, every layer's keys and values so far."""
+    c = config
+    one = {N: 1}
+    cache_ = Tensor("cache", (c.n_layer, c.block_size, 2, c.n_head, c.head_dim))
+    return tuple(
+        cache_ if t.name == "probs" else Tensor(t.name, t.resolve(one)) for t in activations(c)
+    )
+
+
+BATCH = (
+    Tensor("tokens", (N,), "int32"),
+    Tensor("targets", (N,), "int32"),
+    Tensor("positions", (N,), "int32"),
+    Tensor("weights", (N,)),  # of each token in the loss; they sum to one
+    Tensor("starts", ("D+1",), "int32"),  # document s is tokens starts[s] to starts[s+1]
+    Tensor("sizes", (2,), "int32"),  # tokens and documents really in the batch
+)
+
+
+@cache
+def group(name: str, fields: tuple[str, ...]) -> Any:
+    """A NamedTuple class with these fields: how the schedule sees a group of tensors."""
+    return NamedTuple(name, [(f, np.ndarray) for f in fields])
+
+
+def view_class(name: str, tensors: Sequence[Tensor]) -> Any:
+    return group(name, tuple(t.name for t in tensors))
+
+
+class Plan:
+    """A list of tensors laid out in one flat buffer: offsets, total size, and views.
+
+    `aligned` starts each tensor on a cache line; parameters are packed without gaps instead, so
+    that the buffer's length is the parameter count.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], dtype: Any, *, aligned: bool = True, **sizes: int):
+        if "D" in sizes:
+            sizes["D+1"] = sizes["D"] + 1
+        self.tensors = tuple(tensors)
+        self.dtype = np.dtype(dtype)
+        self.shapes = {t.name: t.resolve(sizes) for t in tensors}
+        self.dtypes = {t.name: self.dtype if t.dtype == "float" else np.dtype(t.dtype) for t in tensors}
+        self.offsets: dict[str, int] = {}  # in bytes
+        end = 0
+        for t in tensors:
+            if aligned:
+                end = -(-end // ALIGN) * ALIGN
+            self.offsets[t.name] = end
+            end += prod(self.shapes[t.name]) * self.dtypes[t.name].itemsize
+        self.nbytes = end
+
+    @property
+    def size(self) -> int:
+        """Numbers in all (for a plan of one dtype without gaps)."""
+        return self.nbytes // self.dtype.itemsize
+
+    def allocate(self) -> np.ndarray:
+        """A zeroed flat buffer of bytes for this plan, on a cache-line boundary."""
+        return aligned_zeros(self.nbytes)
+
+    def views(self, name: str, buffer: np.ndarray) -> Any:
+        """The tensors as a NamedTuple of arrays over `buffer` (bytes)."""
+        return view_class(name, self.tensors)(
+            *(
+                buffer[self.offsets[t.name] :][: prod(self.shapes[t.name]) * self.dtypes[t.name].itemsize]
+                .view(self.dtypes[t.name])
+                .reshape(self.shapes[t.name])
+                for t in self.tensors
+            )
+        )
+
+
+def aligned_zeros(nbytes: int) -> np.ndarray:
+    """Zeroed bytes whose address is a multiple of `ALIGN`."""
+    raw = np.zeros(nbytes + ALIGN, np.uint8)
+    start = -raw.ctypes.data % ALIGN
+    return raw[start : start + nbytes]
+
+
+def parameter_plan(config: GPTConfig, dtype: Any = np.float32) -> Plan:
+    return Plan(parameters(config), dtype, aligned=False)
+
+
+def n_params(config: GPTConfig) -> int:
+    """Number of parameters: 4,192 for microgpt on 26 letters and BOS."""
+    return sum(prod(t.resolve({})) for t in parameters(config))

@@ -1,0 +1,27 @@
+"""The ops of `tapeless.ops.reference` as loops that Numba compiles to float32 machine code.
+
+Each file holds one family, forward beside backward; the mathematics stands in the reference. The
+functions are plain Python until `make_ops` compiles them, and shapes of parameters and of rows are
+constants by then.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from tapeless.ops import reference
+from tapeless.ops.cpu import activation, attention, embed, linear, loss, norm, optim
+from tapeless.ops.cpu.native import jit
+
+
+def make_ops() -> Any:
+    """Every op, compiled on first use."""
+    functions = {
+        name: function
+        for module in (activation, attention, embed, linear, loss, norm, optim)
+        for name, function in vars(module).items()
+        if callable(function) and not name.startswith("_")
+    }
+    functions["pack"] = reference.pack  # plain loops already
+    return SimpleNamespace(**{name: jit(function) for name, function in functions.items()})

@@ -1,0 +1,90 @@
+"""Causal attention inside documents."""
+
+import numpy as np
+
+_f32 = np.float32
+
+
+def attention_forward(out, probs, qkv, starts, sizes):
+    H, C = probs.shape[1], out.shape[1]
+    K = C // H
+    scale = _f32(1) / np.sqrt(_f32(K))
+    for s in range(sizes[1]):
+        first = starts[s]
+        for t in range(first, starts[s + 1]):
+            for h in range(H):
+                top = _f32(-np.inf)
+                for j in range(t - first + 1):
+                    score = _f32(0)
+                    for c in range(h * K, (h + 1) * K):
+                        score += qkv[t, c] * qkv[first + j, C + c]
+                    score *= scale
+                    probs[t, h, j] = score
+                    top = max(top, score)
+                total = _f32(0)
+                for j in range(t - first + 1):
+                    e = np.exp(probs[t, h, j] - top)
+                    probs[t, h, j] = e
+                    total += e
+                for c in range(h * K, (h + 1) * K):
+                    out[t, c] = 0
+                inverse = _f32(1) / total
+                for j in range(t - first + 1):
+                    p = probs[t, h, j] * inverse
+                    probs[t, h, j] = p
+                    for c in range(h * K, (h + 1) * K):
+                        out[t, c] += p * qkv[first + j, 2 * C + c]
+
+
+def attention_backward(dqkv, row, dout, probs, qkv, starts, sizes):
+    H, C = probs.shape[1], dout.shape[1]
+    K = C // H
+    scale = _f32(1) / np.sqrt(_f32(K))
+    for t in range(sizes[0]):
+        for c in range(3 * C):
+            dqkv[t, c] = 0
+    for s in range(sizes[1]):
+        first = starts[s]
+        for t in range(first, starts[s + 1]):
+            for h in range(H):
+                along = _f32(0)
+                for j in range(t - first + 1):
+                    dp = _f32(0)
+                    for c in range(h * K, (h + 1) * K):
+                        dp += dout[t, c] * qkv[first + j, 2 * C + c]
+                    row[j] = dp
+                    along += probs[t, h, j] * dp
+                for j in range(t - first + 1):
+                    p = probs[t, h, j]
+                    ds = p * (row[j] - along) * scale
+                    for c in range(h * K, (h + 1) * K):
+                        dqkv[t, c] += ds * qkv[first + j, C + c]
+                        dqkv[first + j, C + c] += ds * qkv[t, c]
+                        dqkv[first + j, 2 * C + c] += p * dout[t, c]
+
+
+def attention_decode(out, cache, qkv, positions):
+    H, K = cache.shape[2], cache.shape[3]
+    C = H * K
+    scale = _f32(1) / np.sqrt(_f32(K))
+    last = positions[0]
+    for h in range(H):
+        for c in range(K):
+            cache[last, 0, h, c] = qkv[0, C + h * K + c]
+            cache[last, 1, h, c] = qkv[0, 2 * C + h * K + c]
+            out[0, h * K + c] = 0
+        # Running maximum and sum (FlashAttention's): one pass and nothing to keep.
+        top, total = _f32(-np.inf), _f32(0)
+        for j in range(last + 1):
+            score = _f32(0)
+            for c in range(K):
+                score += qkv[0, h * K + c] * cache[j, 0, h, c]
+            score *= scale
+            new_top = max(top, score)
+            shrink, e = np.exp(top - new_top), np.exp(score - new_top)
+            total = total * shrink + e
+            for c in range(K):
+                out[0, h * K + c] = out[0, h * K + c] * shrink + e * cache[j, 1, h, c]
+            top = new_top
+        for c in range(K):
+            out[0, h * K + c] /= total

@@ -1,0 +1,279 @@
+"""From a Python function over tensors to a native program on disk.
+
+Numba compiles a program once; its object code is kept in a cache folder, and every later process
+loads that through llvmlite alone, without importing Numba. A program takes one argument, the
+address of a table of int64: first the symbolic sizes (N, D, …), then the address of each tensor.
+`binding` turns the table back into NamedTuples of arrays inside the compiled code, so shapes are
+compile-time constants wherever the config fixes them, and nothing is reference-counted: the code is
+compiled without Numba's runtime and could not allocate if it wanted to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llvmlite
+import llvmlite.binding as llvm
+import numpy as np
+
+from tapeless.layout import Tensor, view_class
+
+# Reordering sums is allowed, forgetting that NaN and infinity exist is not.
+FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
+
+
+class Group(NamedTuple):
+    """One argument of a program: a NamedTuple of tensors."""
+
+    name: str
+    tensors: tuple[Tensor, ...]
+
+
+class Program:
+    """A compiled function over groups of tensors.
+
+    `key` names everything the code depends on besides the package's source and the processor;
+    `build` makes the Python function to compile, and is only called when the cache has no code.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], key: str, build: Callable[[], Callable], notice: Callable[[], None]
+    ):
+        self._groups = groups
+        self._symbols = _symbols(groups)
+        path = cache_folder() / f"{_digest(key)}.o"
+        code = _read(path)
+        if code is None:
+            notice()
+            code = compile_object(groups, build())
+            _write(path, code)
+        self._call = _load(code)
+        self._last: tuple[Any, np.ndarray] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._last is None or any(a is not b for a, b in zip(arguments, self._last[0], strict=True)):
+            self._last = (arguments, self._table(arguments))
+        self._call(self._last[1].ctypes.data)
+
+    def _table(self, arguments: Sequence[Any]) -> np.ndarray:
+        sizes: dict[str, int] = {}
+        addresses = []
+        for group, views in zip(self._groups, arguments, strict=True):
+            for tensor, array in zip(group.tensors, views, strict=True):
+                _check(group, tensor, array, sizes)
+                addresses.append(array.ctypes.data)
+        return np.array([sizes.get(s, 0) for s in self._symbols] + addresses, np.int64)
+
+
+def _check(group: Group, tensor: Tensor, array: np.ndarray, sizes: dict[str, int]) -> None:
+    """Native code trusts its table, so everything in it is checked here."""
+    dtype = "float32" if tensor.dtype == "float" else tensor.dtype
+    ok = array.dtype == dtype and array.flags.c_contiguous and array.ndim == len(tensor.shape)
+    if ok:
+        for want, got in zip(tensor.shape, array.shape, strict=True):
+            ok = ok and got == (sizes.setdefault(want, got) if isinstance(want, str) else want)
+    if not ok:
+        raise TypeError(f"{group.name}.{tensor.name}: expected {dtype} {tensor.shape}, got {array.dtype} {array.shape}")
+
+
+def _symbols(groups: Sequence[Group]) -> list[str]:
+    return sorted({s for g in groups for t in g.tensors for s in t.shape if isinstance(s, str)})
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def jit(function: Callable, **options: Any) -> Any:
+    """`function` as a Numba function that other compiled functions may call."""
+    import numba
+
+    return numba.njit(
+        fastmath=FASTMATH,
+        error_model="numpy",
+        _nrt=False,
+        forceinline=True,
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+        **options,
+    )(function)
+
+
+def compile_object(groups: Sequence[Group], function: Callable) -> bytes:
+    """The object code of `entry(table) -> int64`, which calls `function` on the table's groups."""
+    import numba
+
+    bind = _binding(groups)
+
+    def entry(table):
+        function(bind(table))
+        return 0
+
+    compiled = numba.cfunc(
+        "int64(int64)", fastmath=FASTMATH, error_model="numpy", _nrt=False
+    )(entry)
+    # The wrapper's own name is mangled and differs from process to process; give it ours.
+    ir = compiled.inspect_llvm().replace(compiled.native_name, "entry")
+    return _target_machine().emit_object(llvm.parse_assembly(ir))
+
+
+def _binding(groups: Sequence[Group]) -> Any:
+    """An intrinsic that turns the table's address into a tuple of NamedTuples of arrays."""
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+    from numba.np import arrayobj
+
+    symbols = _symbols(groups)
+    word = ir.IntType(64)
+
+    def array_type(tensor: Tensor) -> Any:
+        scalar = types.float32 if tensor.dtype == "float" else getattr(types, tensor.dtype)
+        return types.Array(scalar, len(tensor.shape), "C")
+
+    group_types = [
+        types.NamedTuple([array_type(t) for t in g.tensors], view_class(g.name, g.tensors)) for g in groups
+    ]
+
+    @intrinsic
+    def bind(typing_context, table):
+        def codegen(context, builder, signature, args):
+            base = builder.inttoptr(args[0], word.as_pointer())
+
+            def slot(i: int) -> Any:
+                return builder.load(builder.gep(base, [ir.Constant(word, i)]))
+
+            sizes = {symbol: slot(i) for i, symbol in enumerate(symbols)}
+            at = len(symbols)
+            values = []
+            for group, group_type in zip(groups, group_types, strict=True):
+                views = []
+                for tensor, kind in zip(group.tensors, group_type.types, strict=True):
+                    views.append(_array(context, builder, kind, tensor, slot(at), sizes))
+                    at += 1
+                values.append(context.make_tuple(builder, group_type, views))
+            return context.make_tuple(builder, types.Tuple(group_types), values)
+
+        return types.Tuple(group_types)(types.int64), codegen
+
+    def _array(context, builder, kind, tensor, address, sizes):
+        array = arrayobj.make_array(kind)(context, builder)
+        itemsize = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+        shape = [sizes[s] if isinstance(s, str) else ir.Constant(word, s) for s in tensor.shape]
+        strides, step = [], ir.Constant(word, itemsize)
+        for size in reversed(shape):
+            strides.insert(0, step)
+            step = builder.mul(step, size)
+        arrayobj.populate_array(
+            array,
+            data=builder.inttoptr(address, array.data.type),
+            shape=shape,
+            strides=strides,
+            itemsize=ir.Constant(word, itemsize),
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return bind
+
+
+# ---------------------------------------------------------------- the processor
+
+
+def _target_machine() -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    cpu, features = processor()
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
+
+
+def processor() -> tuple[str, str]:
+    """Name and feature list of the processor to compile for. As in Numba, the environment variables
+    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override what the machine is."""
+    name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    return name, llvm.get_host_cpu_features().flatten() if features is None else features
+
+
+def simd() -> str:
+    """The widest vectors that compiled code uses here, for people: "AVX-512", "AVX2", "NEON", "SSE2"."""
+    features = processor()[1].split(",")
+    for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX"), ("neon", "NEON"), ("sse2", "SSE2")):
+        if f"+{flag}" in features:
+            return label
+    return "scalar"
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def cache_folder() -> Path:
+    """Where object code is kept: TAPELESS_CACHE_DIR, or the user's cache folder."""
+    if chosen := os.environ.get("TAPELESS_CACHE_DIR"):
+        return Path(chosen)
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "tapeless"
+
+
+@cache
+def _source_digest() -> str:
+    """Of every source file that can change what is compiled."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[2]
+    names = ["config.py", "layout.py", "schedule.py", "engine.py", "ops/**/*.py"]
+    for path in sorted(p for name in names for p in package.glob(name)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(key: str) -> str:
+    from importlib.metadata import version
+
+    parts = (key, _source_digest(), version("numba"), llvmlite.__version__, *processor())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _read(path: Path) -> bytes | None:
+    """The object code in a cache file, or None if it is not there or not whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == checksum else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Write aside, then rename, so that two processes cannot disturb each other."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # no place to keep it: the next process compiles again
+
+
+_ENGINES: list[Any] = []  # LLVM execution engines own the code; they live as long as the process
+
+
+def _load(code: bytes) -> Callable[[int], int]:
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _ENGINES.append(engine)
+    address = engine.get_function_address("entry")
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address)
