@@ -7,7 +7,8 @@ The reference engine calls that function as it is, with NumPy ops; the CPU engin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,7 @@ from tapeless.layout import (
     activations,
     aligned_zeros,
     decoding,
+    n_params,
     parameter_plan,
     parameters,
     view_class,
@@ -149,6 +151,30 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
     return np.dtype(dtype or ("float32" if name == "cpu" else "float64"))
 
 
+def check_memory(config: GPTConfig, engine: str, dtype: str | None, batch_size: int) -> None:
+    """Raise `ConfigError` if training needs more memory than the machine has."""
+    kind = check_engine(engine, dtype)
+    sizes = {"N": batch_size * config.block_size, "D": batch_size}
+    needed = 4 * parameter_plan(config, kind).nbytes + sum(
+        Plan(tensors, kind, sizes).nbytes
+        for tensors in (activations(config), activation_grads(config), BATCH)
+    )
+    total = _machine_memory()
+    if needed > total:
+        raise ConfigError(
+            f"training this needs {needed / 1e9:,.1f} GB ({n_params(config):,} parameters, batches of up to "
+            f"{sizes['N']:,} tokens) but the machine has {total / 1e9:,.1f} GB: choose smaller sizes."
+        )
+
+
+def _machine_memory() -> float:
+    """Bytes of physical memory, or infinity where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
 class Engine:
     """One model's buffers, and the programs that run on them.
 
@@ -179,7 +205,7 @@ class Engine:
         if (n, d) == self._capacity:
             return
         self.a, self.d, self.batch = (
-            self._views(name, tensors, N=n, D=d)
+            self._views(name, tensors, {"N": n, "D": d})
             for name, tensors in (
                 ("a", activations(self.config)),
                 ("d", activation_grads(self.config)),
@@ -188,8 +214,8 @@ class Engine:
         )
         self._capacity = (n, d)
 
-    def _views(self, name: str, tensors: Sequence[Tensor], **sizes: int) -> Any:
-        plan = Plan(tensors, self.dtype, **sizes)
+    def _views(self, name: str, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None = None) -> Any:
+        plan = Plan(tensors, self.dtype, sizes)
         return plan.views(name, plan.allocate())
 
     @cached_property
@@ -210,7 +236,7 @@ class Engine:
     def _decoding(self) -> tuple[Any, Any]:
         return (
             self._views("c", decoding(self.config)),
-            self._views("batch", BATCH, N=1, D=1),
+            self._views("batch", BATCH, {"N": 1, "D": 1}),
         )
 
     # ------------------------------------------------------------ programs
@@ -280,9 +306,7 @@ class Engine:
 
     def gradient(self) -> float:
         """Loss of the batch; its gradients are in `grads`."""
-        self.program("gradient")(
-            self.p, self.g, self.a, self.d, self.batch, self._flat_grads, self._result
-        )
+        self.program("gradient")(self.p, self.g, self.a, self.d, self.batch, self._flat_grads, self._result)
         return float(self._result.loss[0])
 
     def train(self, stream: np.ndarray, spans: np.ndarray, lrs: np.ndarray) -> np.ndarray:
@@ -295,8 +319,16 @@ class Engine:
         return losses
 
     def generate(
-        self, prompt: Sequence[int], n: int, max_tokens: int, uniforms: np.ndarray, *,
-        stop: int = -1, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+        self,
+        prompt: Sequence[int],
+        n: int,
+        max_tokens: int,
+        uniforms: np.ndarray,
+        *,
+        stop: int = -1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> tuple[list[np.ndarray], int]:
         """`n` continuations of the prompt of at most `max_tokens`, and how many uniforms were used."""
         length = len(prompt)

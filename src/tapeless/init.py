@@ -1,10 +1,12 @@
 """How weights start. Gains are one, biases zero; the matrices follow the scheme `config.init`.
 
-scheme       each weight                                     drawn in the order
-microgpt     N(0, 0.08²)                                     wte, wpe, head; per layer wq, wk, wv, wo, w1, w2: [out][in]
-esp32gpt     N(0, 0.1²)                                      wte, wpe; per layer wq, wk, wv, wo, w1, w2; head: [in][out]
-gpt2         N(0, 0.02²); wo and w2 with 0.02/√(2L)          as microgpt
-width        N(0, 1/C)                                       as microgpt
+scheme     each weight                            drawn in the order
+microgpt   N(0, 0.08²)                            wte, wpe, head; per layer wq, wk, wv, wo, w1, w2
+esp32gpt   N(0, 0.1²)                             wte, wpe; per layer wq, wk, wv, wo, w1, w2; head
+gpt2       N(0, 0.02²); wo, w2 with 0.02/√(2L)    as microgpt
+width      N(0, 1/C)                              as microgpt
+
+Each weight is drawn row by row as `[out][in]`, in esp32gpt as `[in][out]`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ from __future__ import annotations
 from typing import Any
 
 from tapeless.config import GPTConfig
-from tapeless.rng import Random
+from tapeless.rng import GENERATORS, Random
+
+
+def generator_name(config: GPTConfig) -> str:
+    """The random generator that goes with a config's initialisation."""
+    return "xorshift32" if config.init == "esp32gpt" else "python"
+
+
+def generator(config: GPTConfig, seed: int) -> Random:
+    """A fresh random generator for this config."""
+    return GENERATORS[generator_name(config)](seed)
 
 
 def initialise(p: Any, config: GPTConfig, rng: Random) -> None:

@@ -137,9 +137,7 @@ def decoding(config: GPTConfig) -> tuple[Tensor, ...]:
     c = config
     one = {N: 1}
     cache_ = Tensor("cache", (c.n_layer, c.block_size, 2, c.n_head, c.head_dim))
-    return tuple(
-        cache_ if t.name == "probs" else Tensor(t.name, t.resolve(one)) for t in activations(c)
-    )
+    return tuple(cache_ if t.name == "probs" else Tensor(t.name, t.resolve(one)) for t in activations(c))
 
 
 BATCH = (
@@ -169,9 +167,17 @@ class Plan:
     that the buffer's length is the parameter count.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], dtype: Any, *, aligned: bool = True, **sizes: int):
-        if "D" in sizes:
-            sizes["D+1"] = sizes["D"] + 1
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        dtype: Any,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        aligned: bool = True,
+    ):
+        sizes = dict(sizes or {})
+        if D in sizes:
+            sizes["D+1"] = sizes[D] + 1
         self.tensors = tuple(tensors)
         self.dtype = np.dtype(dtype)
         self.shapes = {t.name: t.resolve(sizes) for t in tensors}
@@ -220,3 +226,8 @@ def parameter_plan(config: GPTConfig, dtype: Any = np.float32) -> Plan:
 def n_params(config: GPTConfig) -> int:
     """Number of parameters: 4,192 for microgpt on 26 letters and BOS."""
     return sum(prod(t.resolve({})) for t in parameters(config))
+
+
+def param_views(config: GPTConfig, group: Any) -> dict[str, np.ndarray]:
+    """The tensors a config really has, by name: what users see and files hold."""
+    return {t.name: v for t, v in zip(parameters(config), group, strict=True) if v.size}

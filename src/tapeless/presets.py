@@ -8,6 +8,7 @@ from typing import Any
 
 from tapeless.config import GPTConfig
 from tapeless.errors import ConfigError, did_you_mean
+from tapeless.init import generator_name
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class Preset:
     model: GPTConfig
     training: Training = field(default_factory=Training)
     tokenizer: str = "chars"  # see tapeless.data.tokenizers
-    random: str = "python"  # see tapeless.rng
+
+    @property
+    def random(self) -> str:
+        """The random generator, which goes with the initialisation: see tapeless.rng."""
+        return generator_name(self.model)
 
     def with_settings(self, settings: dict[str, Any]) -> Preset:
         """A copy with model and training settings changed by name.
@@ -106,9 +111,7 @@ def _parse(name: str, text: str, kind: str) -> Any:
     return text
 
 
-_ESP32GPT = GPTConfig(
-    norm="none", norm_embed=False, norm_attn=False, norm_mlp=False, init="esp32gpt"
-)
+_ESP32GPT = GPTConfig(norm="none", norm_embed=False, norm_attn=False, norm_mlp=False, init="esp32gpt")
 _ESP32_TRAINING = Training(order="draw", temperature=0.8, max_tokens=15)
 
 presets: dict[str, Preset] = {
@@ -121,14 +124,12 @@ presets: dict[str, Preset] = {
         _ESP32GPT,
         _ESP32_TRAINING,
         tokenizer="letters",
-        random="xorshift32",
     ),
     "esp32gpt-rms": Preset(
         "esp32gpt with RMSNorm before attention",
         _ESP32GPT.replace(norm="rms", norm_attn=True),
         _ESP32_TRAINING,
         tokenizer="letters",
-        random="xorshift32",
     ),
 }
 

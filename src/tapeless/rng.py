@@ -13,6 +13,13 @@ from typing import Protocol
 import numpy as np
 
 
+def _f32(x: float) -> float:
+    return float(np.float32(x))
+
+
+_TWO_PI = _f32(2 * math.pi)
+
+
 class Random(Protocol):
     """What a generator offers. `state` and `restore` carry it across processes."""
 
@@ -64,7 +71,8 @@ class PythonRandom:
 
 
 class XorShift32:
-    """Marsaglia's xorshift with 32 bits of state, and Box-Muller.
+    """Marsaglia's xorshift with 32 bits of state, and Box-Muller in float32, step by step as a chip
+    computes it.
 
     x ^= x << 13; x ^= x >> 17; x ^= x << 5.  Marsaglia 2003, "Xorshift RNGs", section 4. Zero would
     stay zero for ever, so seed 0 starts at 2463534242, the state of that paper's example.
@@ -83,8 +91,8 @@ class XorShift32:
         return x
 
     def _uniform(self) -> float:
-        """u32 / 2³², rounded to float32 as the chips do."""
-        return float(np.float32(self.next_u32()) / np.float32(2**32))
+        """u32 / 2³² in float32."""
+        return _f32(self.next_u32()) / 2**32
 
     def _normal(self) -> float:
         if not math.isnan(self._spare):
@@ -93,10 +101,10 @@ class XorShift32:
         u1 = self._uniform()
         while u1 <= 1e-10:
             u1 = self._uniform()
-        angle = 2 * math.pi * self._uniform()
-        r = math.sqrt(-2 * math.log(u1))
-        self._spare = r * math.sin(angle)
-        return r * math.cos(angle)
+        angle = _f32(_TWO_PI * self._uniform())
+        r = _f32(math.sqrt(-2 * _f32(math.log(u1))))
+        self._spare = _f32(r * _f32(math.sin(angle)))
+        return _f32(r * _f32(math.cos(angle)))
 
     def permutation(self, n: int) -> np.ndarray:
         """0 … n−1 in random order: Fisher-Yates from the last index down, `u32 mod (i+1)`."""

@@ -61,9 +61,7 @@ class Corpus:
     digest: str  # of the stream: the same tokens, the same digest
 
     @classmethod
-    def from_documents(
-        cls, documents: list[str], tokenizer: CharTokenizer, block_size: int
-    ) -> Corpus:
+    def from_documents(cls, documents: list[str], tokenizer: CharTokenizer, block_size: int) -> Corpus:
         """Raises `DataError` if no document has a character the tokenizer knows."""
         encoded = [ids for ids in map(tokenizer.encode, documents) if ids]
         if not encoded:

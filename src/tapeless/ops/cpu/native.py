@@ -29,6 +29,9 @@ from tapeless.layout import Tensor, view_class
 # Reordering sums is allowed, forgetting that NaN and infinity exist is not.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
+# What compiled code may call: the C library's mathematics, which every process has.
+LIBRARY = {"exp", "expf", "log", "logf", "tanh", "tanhf", "sqrt", "sqrtf", "memset", "memcpy", "memmove"}
+
 
 class Group(NamedTuple):
     """One argument of a program: a NamedTuple of tensors."""
@@ -81,7 +84,9 @@ def _check(group: Group, tensor: Tensor, array: np.ndarray, sizes: dict[str, int
         for want, got in zip(tensor.shape, array.shape, strict=True):
             ok = ok and got == (sizes.setdefault(want, got) if isinstance(want, str) else want)
     if not ok:
-        raise TypeError(f"{group.name}.{tensor.name}: expected {dtype} {tensor.shape}, got {array.dtype} {array.shape}")
+        raise TypeError(
+            f"{group.name}.{tensor.name}: expected {dtype} {tensor.shape}, got {array.dtype} {array.shape}"
+        )
 
 
 def _symbols(groups: Sequence[Group]) -> list[str]:
@@ -95,7 +100,8 @@ def jit(function: Callable, **options: Any) -> Any:
     """`function` as a Numba function that other compiled functions may call."""
     import numba
 
-    return numba.njit(
+    njit: Any = numba.njit  # some of these options are not in its type stub
+    return njit(
         fastmath=FASTMATH,
         error_model="numpy",
         _nrt=False,
@@ -107,7 +113,7 @@ def jit(function: Callable, **options: Any) -> Any:
 
 
 def compile_object(groups: Sequence[Group], function: Callable) -> bytes:
-    """The object code of `entry(table) -> int64`, which calls `function` on the table's groups."""
+    """The object code of `tapeless_entry(table) -> int64`, which calls `function` on the table's groups."""
     import numba
 
     bind = _binding(groups)
@@ -116,12 +122,26 @@ def compile_object(groups: Sequence[Group], function: Callable) -> bytes:
         function(bind(table))
         return 0
 
-    compiled = numba.cfunc(
-        "int64(int64)", fastmath=FASTMATH, error_model="numpy", _nrt=False
-    )(entry)
-    # The wrapper's own name is mangled and differs from process to process; give it ours.
-    ir = compiled.inspect_llvm().replace(compiled.native_name, "entry")
-    return _target_machine().emit_object(llvm.parse_assembly(ir))
+    dispatcher = jit(entry)
+    dispatcher.compile((numba.int64,))
+    compiled = dispatcher.overloads[numba.int64,]
+    # Numba's own C wrapper calls back into Python to report errors. This code has none to report.
+    ir = (
+        compiled.library.get_llvm_str()
+        + f"""
+        define i64 @tapeless_entry(i64 %table) {{
+            %result = alloca i64
+            %error = alloca ptr
+            call i32 @{compiled.fndesc.mangled_name}(ptr %result, ptr %error, i64 %table)
+            ret i64 0
+        }}
+    """
+    )
+    module = llvm.parse_assembly(ir)
+    outside = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
+    if strange := sorted(name for name in outside if name not in LIBRARY):
+        raise RuntimeError(f"compiled code calls {', '.join(strange)}, which another process will not have")
+    return _target_machine().emit_object(module)
 
 
 def _binding(groups: Sequence[Group]) -> Any:
@@ -167,7 +187,8 @@ def _binding(groups: Sequence[Group]) -> Any:
         array = arrayobj.make_array(kind)(context, builder)
         itemsize = context.get_abi_sizeof(context.get_data_type(kind.dtype))
         shape = [sizes[s] if isinstance(s, str) else ir.Constant(word, s) for s in tensor.shape]
-        strides, step = [], ir.Constant(word, itemsize)
+        strides: list[Any] = []
+        step = ir.Constant(word, itemsize)
         for size in reversed(shape):
             strides.insert(0, step)
             step = builder.mul(step, size)
@@ -206,7 +227,13 @@ def processor() -> tuple[str, str]:
 def simd() -> str:
     """The widest vectors that compiled code uses here, for people: "AVX-512", "AVX2", "NEON", "SSE2"."""
     features = processor()[1].split(",")
-    for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX"), ("neon", "NEON"), ("sse2", "SSE2")):
+    for flag, label in (
+        ("avx512f", "AVX-512"),
+        ("avx2", "AVX2"),
+        ("avx", "AVX"),
+        ("neon", "NEON"),
+        ("sse2", "SSE2"),
+    ):
         if f"+{flag}" in features:
             return label
     return "scalar"
@@ -275,5 +302,5 @@ def _load(code: bytes) -> Callable[[int], int]:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _ENGINES.append(engine)
-    address = engine.get_function_address("entry")
+    address = engine.get_function_address("tapeless_entry")
     return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address)

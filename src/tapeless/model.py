@@ -1,0 +1,164 @@
+"""`GPT`: a model to hold in the hand. Parameters, gradients, logits, loss, text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from tapeless.config import GPTConfig
+from tapeless.data.tokenizers import CharTokenizer
+from tapeless.engine import Engine
+from tapeless.errors import ConfigError, DataError
+from tapeless.generate import generate
+from tapeless.init import generator, initialise
+from tapeless.io import runs
+from tapeless.layout import param_views
+from tapeless.rng import Random
+
+
+class GPT:
+    """A GPT with its weights, on an engine.
+
+    `engine` is "cpu" (compiled, float32) or "reference" (NumPy, float64 unless `dtype="float32"`).
+    `seed` draws the initial weights by `config.init`; it may be a generator to go on with, or None
+    to leave all weights zero. `tokenizer` lets `generate` speak text.
+
+    Raises `ConfigError` for an unknown engine or dtype, a config without `vocab_size`, or one that
+    does not fit in memory.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        seed: int | Random | None = 0,
+        engine: str = "cpu",
+        *,
+        dtype: str | None = None,
+        tokenizer: CharTokenizer | None = None,
+    ):
+        if tokenizer is not None and tokenizer.vocab_size != config.vocab:
+            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the config {config.vocab}.")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.engine = Engine(config, engine, dtype)
+        if isinstance(seed, int):
+            seed = generator(config, seed)
+        if seed is not None:
+            initialise(self.engine.p, config, seed)
+
+    @property
+    def params(self) -> Mapping[str, np.ndarray]:
+        """Parameters by name: views into one flat buffer (`engine.params`). Write in place."""
+        return MappingProxyType(param_views(self.config, self.engine.p))
+
+    @property
+    def grads(self) -> Mapping[str, np.ndarray]:
+        """Gradients by name, as `loss_and_grad` left them: views into `engine.grads`."""
+        return MappingProxyType(param_views(self.config, self.engine.g))
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters."""
+        return self.engine.params.size
+
+    def loss_and_grad(self, tokens: Any, targets: Any, starts: Any = None, weights: Any = None) -> float:
+        """Mean cross-entropy in nats; fills `grads` with its gradient.
+
+        `tokens`, `targets` [N]: documents packed end to end, targets one position further (what
+        should follow each token). `starts` [S+1]: where each document begins, then N; None is one
+        document. `weights` [N]: each token's weight in the mean, 0 to ignore it; None is 1.
+
+        Raises `DataError` for shapes or token ids that do not fit, or a document longer than the block.
+        """
+        self._fill(tokens, targets, starts, weights)
+        return self.engine.gradient()
+
+    def loss(self, tokens: Any, targets: Any, starts: Any = None, weights: Any = None) -> float:
+        """The loss alone; arguments as for `loss_and_grad`."""
+        self._fill(tokens, targets, starts, weights)
+        return self.engine.evaluate()
+
+    def logits(self, tokens: Any, starts: Any = None) -> np.ndarray:
+        """Logits [N, V] of the next token after each of `tokens` [N]."""
+        n = self._fill(tokens, np.zeros(np.shape(tokens), np.int32), starts, None)
+        self.engine.evaluate()
+        return self.engine.a.logits[:n].copy()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] = "",
+        n: int = 5,
+        temperature: float = 0.8,
+        seed: int = 0,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_tokens: int | None = None,
+    ) -> list[str]:
+        """`n` texts that continue `prompt`, prompt included; see `tapeless.generate`."""
+        return generate(
+            self,
+            prompt,
+            n,
+            temperature=temperature,
+            rng=generator(self.config, seed),
+            top_k=top_k,
+            top_p=top_p,
+            max_tokens=max_tokens,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write config.json, tokenizer.json and model.safetensors into the folder `path`.
+
+        Raises `RunError` if that cannot be written.
+        """
+        runs.save_model(Path(path), self.config, self.tokenizer, dict(self.params))
+
+    def _fill(self, tokens: Any, targets: Any, starts: Any, weights: Any) -> int:
+        tokens, targets = self._ids("tokens", tokens), self._ids("targets", targets)
+        n = len(tokens)
+        if len(targets) != n:
+            raise DataError(f"tokens and targets differ in length: {n} and {len(targets)}.")
+        starts = np.asarray([0, n] if starts is None else starts)
+        if starts.ndim != 1 or starts.dtype.kind not in "iu" or len(starts) < 2:
+            raise DataError("starts must be a list of whole numbers: where each document begins, then N.")
+        lengths = np.diff(starts.astype(np.int64))
+        if starts[0] != 0 or starts[-1] != n or (lengths < 1).any():
+            raise DataError(f"starts must increase from 0 to the number of tokens, {n}.")
+        if lengths.max() > self.config.block_size:
+            raise DataError(
+                f"a document of {lengths.max()} tokens is longer than the block, {self.config.block_size}."
+            )
+        weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+        if weights.shape != (n,) or not (weights >= 0).all() or not weights.sum() > 0:
+            raise DataError("weights must be one number of 0 or more for each token, not all 0.")
+        return self.engine.fill(tokens, targets, starts, weights / weights.sum())
+
+    def _ids(self, name: str, ids: Any) -> np.ndarray:
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise DataError(f"{name} must be a non-empty list of token ids.")
+        if ids.min() < 0 or ids.max() >= self.config.vocab:
+            raise DataError(f"{name} must be between 0 and {self.config.vocab - 1}.")
+        return ids
+
+    def __repr__(self) -> str:
+        return f"GPT({self.n_params:,} parameters, {self.engine.name}, {self.config})"
+
+
+def load(path: str | Path, engine: str = "cpu", *, dtype: str | None = None) -> GPT:
+    """The model saved in a run folder, with its tokenizer.
+
+    Raises `RunError` if a file is missing, damaged, or does not match the others.
+    """
+    folder = Path(path)
+    config, _ = runs.read_config(folder)
+    tokenizer = runs.read_tokenizer(folder, config.vocab)
+    tensors = runs.read_tensors(folder / runs.MODEL)
+    model = GPT(config, None, engine, dtype=dtype, tokenizer=tokenizer)
+    runs.fill_params(folder / runs.MODEL, tensors, dict(model.params))
+    return model

@@ -1,0 +1,92 @@
+"""Progress for people: a bar on a terminal, plain lines elsewhere. Written to standard error."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+
+class Console:
+    """Training's progress. Losses shown are means, since single documents differ a lot: on the bar
+    over the last 200 steps, in a plain line over the steps since the line before."""
+
+    def __init__(self) -> None:
+        from rich.console import Console as RichConsole
+
+        self._console = RichConsole(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        self._bar: Any = None
+
+    def start(self, lines: list[str]) -> None:
+        for line in lines:
+            self._console.print(line)
+
+    def compiling(self) -> None:
+        self._console.print("Compiling for this model and processor: some seconds, this once only.")
+
+    def begin(self, step: int, steps: int) -> None:
+        self._first = self._step = self._shown = step
+        self._steps = steps
+        self._began = time.monotonic()
+        self._recent = np.empty(0)
+        if self._console.is_terminal:
+            self._bar = _make_bar(self._console)
+            self._task = self._bar.add_task("", total=steps, completed=step, loss="", rate="")
+            self._bar.start()
+
+    def update(self, losses: np.ndarray) -> None:
+        self._step += len(losses)
+        self._recent = np.concatenate([self._recent, losses])
+        if self._bar is not None:
+            self._recent = self._recent[-200:]
+            self._bar.update(
+                self._task,
+                completed=self._step,
+                loss=f"loss {self._recent.mean():.4f}",
+                rate=f"{self._rate():,.0f} steps/s",
+            )
+            return
+        tenth = -(-self._steps // 10)
+        while (due := min((self._shown // tenth + 1) * tenth, self._steps)) <= self._step > self._shown:
+            shown, self._recent = np.split(self._recent, [due - self._shown])
+            self._console.print(f"step {due:,}/{self._steps:,}: loss {shown.mean():.4f}")
+            self._shown = due
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if done := self._step - self._first:
+            seconds = time.monotonic() - self._began
+            self._console.print(f"{done:,} steps in {seconds:,.2f} s: {_duration(seconds / done)} a step.")
+
+    def _rate(self) -> float:
+        return (self._step - self._first) / max(time.monotonic() - self._began, 1e-9)
+
+
+def _duration(seconds: float) -> str:
+    for unit, scale in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.1f} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def _make_bar(console: Any) -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+    )

@@ -1,0 +1,454 @@
+"""Training: data in, a trained model and a run folder out.
+
+The engine runs many steps a call; between calls ("chunks") this module reports, logs, saves, and
+looks whether it should stop. The size of a chunk follows the clock and changes no result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from tapeless.config import GPTConfig
+from tapeless.data.documents import BUILT_IN, Corpus, Drawn, Shuffled, read_documents
+from tapeless.data.tokenizers import make_tokenizer
+from tapeless.engine import check_engine, check_memory, uses
+from tapeless.errors import ConfigError, NumericsError, RunError
+from tapeless.generate import generate
+from tapeless.init import generator
+from tapeless.io import runs
+from tapeless.model import GPT
+from tapeless.presets import Preset, Training, get_preset
+from tapeless.rng import Random
+
+CHUNK_SECONDS = 0.1
+SAVE_SECONDS = 10.0
+
+
+@dataclass
+class Run:
+    """What `train` returns: `losses` [steps done], `samples`, the trained `model`, its `folder`."""
+
+    model: GPT
+    losses: np.ndarray
+    samples: list[str]
+    folder: Path | None
+    steps: int
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training, after the present chunk; `run` is what there is, saved if it has a folder."""
+
+    def __init__(self, run: Run):
+        super().__init__(f"interrupted after step {len(run.losses)}")
+        self.run = run
+
+
+class Progress(Protocol):
+    """What training tells while it runs; see tapeless.progress."""
+
+    def start(self, lines: list[str]) -> None: ...
+    def compiling(self) -> None: ...
+    def begin(self, step: int, steps: int) -> None: ...
+    def update(self, losses: np.ndarray) -> None: ...
+    def finish(self) -> None: ...
+
+
+def train(
+    data: str | Path | None = None,
+    preset: str | None = None,
+    *,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    engine: str | None = None,
+    dtype: str | None = None,
+    out: str | Path | None = None,
+    samples: int = 20,
+    temperature: float | None = None,
+    set: dict[str, Any] | None = None,
+    log_every: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool | Progress | None = None,
+) -> Run:
+    """Train a model on documents, and let it generate `samples` texts.
+
+    `data` is a text file with one document a line, or a built-in set ("names", the default);
+    `preset` names the model ("microgpt" by default); None elsewhere means the preset's value, seed
+    42, engine "cpu". `set` changes any model or training setting: `{"n_embd": 32}`. `out` is the
+    run folder to write; None writes nothing. `resume` goes on with the run in `out` as it was set
+    up, with whatever is given here changed; `overwrite` starts anew over it. `progress=False` is
+    silent.
+
+    Raises `ConfigError`, `DataError` or `RunError` before anything is written or lost,
+    `NumericsError` if a loss is not finite (the last good state is saved), and `Interrupted` (a
+    KeyboardInterrupt) after Ctrl-C, with everything saved.
+    """
+    for name, value, least in (("samples", samples, 0), ("log_every", log_every, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number of {least} or more, not {value!r}.")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise ConfigError(f"seed must be a whole number of 0 or more, not {seed!r}.")
+    folder = None if out is None else Path(out)
+    given = {"steps": steps, "batch_size": batch_size, "lr": lr, "temperature": temperature}
+    settings = dict(set or {}) | {name: value for name, value in given.items() if value is not None}
+    if resume:
+        plan = _resumed(folder, data, preset, seed, engine, dtype)
+    else:
+        plan = _fresh(folder, overwrite, data, preset, seed, engine, dtype)
+    job = _prepare(plan, settings, folder, samples, log_every)
+    if progress is None or progress is True:
+        from tapeless.progress import Console
+
+        progress = Console()
+    return job.run(progress or Silent())
+
+
+class Silent:
+    """Progress that says nothing."""
+
+    def start(self, lines: list[str]) -> None: ...
+    def compiling(self) -> None: ...
+    def begin(self, step: int, steps: int) -> None: ...
+    def update(self, losses: np.ndarray) -> None: ...
+    def finish(self) -> None: ...
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+class _Plan(NamedTuple):
+    """What to train: new, or taken from a saved run."""
+
+    name: str  # of the preset
+    preset: Preset
+    data: str | Path
+    seed: int
+    engine: str
+    dtype: str | None
+    digest: str | None  # of the data a saved run was trained on
+
+
+def _fresh(folder, overwrite, data, preset, seed, engine, dtype) -> _Plan:
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"{folder} is a file; expected a folder for the run.")
+        if runs.is_run(folder) and not overwrite:
+            raise RunError(
+                f"{folder} already holds a run: go on with --resume, or replace it with --overwrite."
+            )
+    name = preset or "microgpt"
+    seed = 42 if seed is None else seed
+    return _Plan(name, get_preset(name), data or "names", seed, engine or "cpu", dtype, None)
+
+
+def _resumed(folder, data, preset, seed, engine, dtype) -> _Plan:
+    if folder is None:
+        raise RunError("resume needs the run's folder: give out.")
+    config, saved = runs.read_config(folder)
+    try:
+        base = Preset(saved["preset"], config, Training(**saved["training"]), saved["tokenizer"])
+        plan = _Plan(
+            saved["preset"],
+            base,
+            data or saved["data"],
+            saved["seed"],
+            engine or saved["engine"],
+            dtype or (None if engine else saved["dtype"]),
+            saved["digest"],
+        )
+    except (KeyError, TypeError, ConfigError):
+        raise RunError(
+            f"{folder / runs.CONFIG} does not describe a training run, so it cannot be resumed."
+        ) from None
+    for what, was, now in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
+        if now is not None and now != was:
+            raise RunError(f"{folder} was started with {what} {was}, not {now}.")
+    return plan
+
+
+def _prepare(
+    plan: _Plan, settings: dict[str, Any], folder: Path | None, samples: int, log_every: int
+) -> _Job:
+    """Read the data and build the model; everything that can be refused is refused here."""
+    chosen = plan.preset.with_settings(settings)
+    training = chosen.training
+    check_engine(plan.engine, plan.dtype)
+    documents = read_documents(plan.data)
+    tokenizer = make_tokenizer(chosen.tokenizer, documents)
+    config = chosen.model.replace(vocab_size=chosen.model.vocab_size or tokenizer.vocab_size)
+    if config.vocab != tokenizer.vocab_size:
+        raise ConfigError(
+            f"vocab_size is {config.vocab}, but {plan.data} has {tokenizer.vocab_size} tokens: leave it out."
+        )
+    check_memory(config, plan.engine, plan.dtype, training.batch_size)
+    corpus = Corpus.from_documents(documents, tokenizer, config.block_size)
+    if plan.digest is not None:
+        if config != plan.preset.model:
+            difference = _difference(plan.preset.model, config)
+            raise RunError(f"{folder} has another model: {difference}. Resume without changing it.")
+        if corpus.digest != plan.digest:
+            raise RunError(f"{plan.data} is not the data that {folder} was trained on.")
+
+    rng = generator(config, plan.seed)
+    order: Shuffled | Drawn
+    if training.order == "shuffle":
+        order = Shuffled(corpus, rng, training.batch_size)
+    else:
+        order = Drawn(corpus, rng, training.batch_size, config.block_size)
+    model = GPT(config, rng, plan.engine, dtype=plan.dtype, tokenizer=tokenizer)
+    about = {
+        "preset": plan.name,
+        "tokenizer": chosen.tokenizer,
+        "training": dataclasses.asdict(training),
+        "data": plan.data if str(plan.data) in BUILT_IN else str(Path(plan.data).resolve()),
+        "documents": len(documents),
+        "digest": corpus.digest,
+        "seed": plan.seed,
+        "engine": plan.engine,
+        "dtype": str(model.engine.dtype),
+    }
+    job = _Job(model, training, corpus, order, rng, about, folder, samples, log_every)
+    if plan.digest is not None:
+        job.restore()
+    return job
+
+
+def _difference(old: GPTConfig, new: GPTConfig) -> str:
+    pairs = zip(old.to_dict().items(), new.to_dict().values(), strict=True)
+    return ", ".join(f"{name} {a!r} is not {b!r}" for (name, a), b in pairs if a != b)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@dataclass
+class _Job:
+    """One training run: what it needs, how far it is, and how it is saved."""
+
+    model: GPT
+    training: Training
+    corpus: Corpus
+    order: Shuffled | Drawn
+    rng: Random
+    about: dict[str, Any]  # what config.json says besides the model
+    folder: Path | None
+    samples: int
+    log_every: int
+    step: int = 0
+    losses: list[np.ndarray] = field(default_factory=list)
+    _logged: int = 0  # steps already in metrics.jsonl
+
+    def __post_init__(self) -> None:
+        t = self.training
+        self.model.engine.optimiser.constants[:] = t.beta1, t.beta2, t.eps
+
+    def run(self, progress: Progress) -> Run:
+        engine = self.model.engine
+        engine.notice = progress.compiling
+        if self.folder is not None:
+            self._begin_folder()
+        progress.start(self._headline())
+        longest = int(self.corpus.spans[:, 1].max())
+        engine.reserve(longest * self.training.batch_size, self.training.batch_size)
+        engine.program("train")
+        progress.begin(self.step, self.training.steps)
+        try:
+            with _stop_on_interrupt() as stop:
+                self._loop(progress, stop)
+                interrupted = stop.is_set()
+        finally:
+            progress.finish()
+        losses = np.concatenate(self.losses) if self.losses else np.empty(0)
+        run = Run(self.model, losses, [], self.folder, self.step)
+        if interrupted:
+            raise Interrupted(run)
+        if self.samples:
+            run.samples = generate(
+                self.model,
+                "",
+                self.samples,
+                temperature=self.training.temperature,
+                rng=self.rng,
+                max_tokens=self.training.max_tokens,
+            )
+            if self.folder is not None:
+                runs.write_text(self.folder / runs.SAMPLES, "".join(f"{s}\n" for s in run.samples))
+        return run
+
+    def _loop(self, progress: Progress, stop: threading.Event) -> None:
+        steps = self.training.steps
+        chunk, last_save = 8, time.monotonic()
+        while self.step < steps and not stop.is_set():
+            k = min(chunk, steps - self.step)
+            before = self._snapshot()
+            began = time.monotonic()
+            losses = self._advance(k)
+            seconds = time.monotonic() - began
+            if not np.isfinite(losses).all():
+                self._recover(before, int(np.flatnonzero(~np.isfinite(losses))[0]), losses)
+            self.losses.append(losses)
+            progress.update(losses)
+            chunk = max(1, min(8 * k, int(k * CHUNK_SECONDS / max(seconds, 1e-9))))
+            if self.folder is not None and time.monotonic() - last_save > SAVE_SECONDS:
+                self._save()
+                last_save = time.monotonic()
+        if self.folder is not None:
+            self._save()
+
+    def _advance(self, k: int) -> np.ndarray:
+        spans = self.order.take(self.step, k)
+        losses = self.model.engine.train(self.corpus.stream, spans, self._rates(self.step, k))
+        self.step += k
+        return losses
+
+    def _rates(self, step: int, k: int) -> np.ndarray:
+        """Learning rates of steps `step` to `step + k` (from 0)."""
+        t = self.training
+        if t.schedule == "constant":
+            return np.full(k, t.lr)
+        return t.lr * (1 - np.arange(step, step + k) / t.steps)
+
+    # ------------------------------------------------------------ state
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        opt = self.model.engine.optimiser
+        return self.step, self.rng.state(), *(a.copy() for a in (opt.params, opt.m, opt.v, opt.powers))
+
+    def _restore(self, snapshot: tuple[Any, ...]) -> None:
+        opt = self.model.engine.optimiser
+        self.step, state, *arrays = snapshot
+        self.rng.restore(state)
+        for target, source in zip((opt.params, opt.m, opt.v, opt.powers), arrays, strict=True):
+            target[...] = source
+
+    def _recover(self, before: tuple[Any, ...], bad: int, losses: np.ndarray) -> None:
+        """Go back to the parameters that gave the last finite loss, save them, and raise.
+
+        Loss `bad` of this chunk came from parameters that the update before it had spoilt, so that
+        update is undone too: the chunk is run again, which repeats bit for bit, up to there.
+        """
+        self._restore(before)
+        step = self.step + bad
+        if bad > 1:
+            self._advance(bad - 1)
+        self.losses.append(losses[: max(bad - 1, 0)])
+        kept = ""
+        if self.folder is not None and self.step > 0:
+            self._save()
+            kept = f" {self.folder} keeps the state after step {self.step}."
+        raise NumericsError(
+            f"the loss is {losses[bad]} at step {step + 1}.{kept} "
+            f"Try a smaller lr (it is {self.training.lr:g})."
+        )
+
+    def _begin_folder(self) -> None:
+        assert self.folder is not None
+        if self.step == 0:
+            for name in runs.FILES:
+                (self.folder / name).unlink(missing_ok=True)
+        self._save()
+
+    def _save(self) -> None:
+        assert self.folder is not None
+        opt, state = self.model.engine.optimiser, self.rng.state()
+        rows = self._new_rows()
+        if rows:
+            runs.append_metrics(self.folder / runs.METRICS, rows)
+        runs.write_tensors(
+            self.folder / runs.STATE,
+            {
+                "params": opt.params,
+                "m": opt.m,
+                "v": opt.v,
+                "powers": opt.powers,
+                "step": np.array([self.step], np.int64),
+                "rng.words": state["words"],
+                "rng.spare": state["spare"],
+            },
+        )
+        runs.save_model(
+            self.folder, self.model.config, self.model.tokenizer, dict(self.model.params), self.about
+        )
+
+    def _new_rows(self) -> list[dict[str, Any]]:
+        first = self.step - sum(map(len, self.losses))
+        losses = np.concatenate(self.losses) if self.losses else np.empty(0)
+        rates = self._rates(first, len(losses))
+        rows = [
+            {"step": first + i + 1, "loss": float(losses[i]), "lr": float(rates[i])}
+            for i in range(max(self._logged - first, 0), len(losses))
+            if (first + i + 1) % self.log_every == 0
+        ]
+        self._logged = self.step
+        return rows
+
+    def restore(self) -> None:
+        """Take up the state saved in the run folder."""
+        assert self.folder is not None
+        path = self.folder / runs.STATE
+        tensors = runs.read_tensors(path)
+        opt = self.model.engine.optimiser
+        try:
+            for name in ("params", "m", "v", "powers"):
+                getattr(opt, name)[...] = tensors[name].reshape(getattr(opt, name).shape)
+            self.step = int(tensors["step"][0])
+            self.rng.restore({"words": tensors["rng.words"], "spare": tensors["rng.spare"]})
+        except (KeyError, ValueError, IndexError, TypeError):
+            raise RunError(
+                f"{path} does not match {self.folder / runs.CONFIG}: it cannot be resumed."
+            ) from None
+        if self.step >= self.training.steps:
+            raise RunError(
+                f"{self.folder} is complete: {self.step} steps of {self.training.steps}. "
+                "Give more --steps to go on."
+            )
+        self._logged = self.step
+        rows = runs.read_metrics(self.folder / runs.METRICS, self.step)
+        runs.write_text(self.folder / runs.METRICS, runs.json_lines(rows))
+
+    def _headline(self) -> list[str]:
+        c, t = self.model.config, self.training
+        engine = self.model.engine
+        documents = f"{self.about['documents']:,} documents, {c.vocab} tokens"
+        each = "document" if t.batch_size == 1 else "documents"
+        lines = [
+            f"{self.about['preset']}: {self.model.n_params:,} parameters · "
+            f"{Path(str(self.about['data'])).name} ({documents}) · "
+            f"{t.steps:,} steps of {t.batch_size} {each} · {uses(engine.name, engine.dtype)}"
+        ]
+        if self.corpus.n_cut:
+            verb = "cut to it" if t.order == "shuffle" else "left out"
+            what = "document is" if self.corpus.n_cut == 1 else "documents are"
+            lines.append(
+                f"{self.corpus.n_cut:,} {what} longer than the block of {c.block_size} tokens: {verb}."
+            )
+        if self.step:
+            lines.append(f"Going on from step {self.step:,}.")
+        return lines
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, in place of an exception in the middle of a step. Only the main
+    thread gets signals; elsewhere the event stays unset."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
