@@ -17,6 +17,7 @@ CHOICES = {
 }
 # One tensor index must fit 32 bits on the smallest chip we export to, and no real model comes near.
 MAX_SIZE = 2**24
+MAX_STREAMS = 16
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,19 @@ class GPTConfig:
     bias: bool = False  # biases in the linear layers
     tied: bool = False  # the head is the transposed token embedding
     attention: str = "full"  # "full" keeps the probabilities, "flash" only their log-sum-exp
+    attention_tile: int = 32  # queries and keys in a tile of "flash"
     residual: str = "add"  # "add" | "mhc" (hyper-connections)
-    n_streams: int = 1  # S: residual streams, 1 unless residual = "mhc"
+    n_streams: int = 0  # S: residual streams; 0 means 2 with "mhc", 1 with "add"
     init: str = "microgpt"  # how weights start; see tapeless.init
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_hidden", "n_streams", "vocab_size"):
-            value = getattr(self, name)
-            if name == "vocab_size" and value is None:
+        for f in dataclasses.fields(self):
+            name, value = f.name, getattr(self, f.name)
+            if not f.type.startswith("int") or value == f.default is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{name} must be a whole number, not {value!r}.")
-            if name == "n_hidden" and value == 0:
+            if value == f.default == 0:  # to be derived
                 continue
             if not 1 <= value <= MAX_SIZE:
                 raise ConfigError(f"{name} must be between 1 and {MAX_SIZE:,}, not {value:,}.")
@@ -84,10 +86,14 @@ class GPTConfig:
             raise ConfigError("norm_gain is true but no norm stands anywhere: set it to false.")
         if self.norm_bias and not places:
             raise ConfigError("norm_bias is true but no norm stands anywhere: set it to false.")
+        if self.n_streams == 0:
+            object.__setattr__(self, "n_streams", 2 if self.residual == "mhc" else 1)
         if self.residual == "add" and self.n_streams != 1:
             raise ConfigError(f"residual='add' has one stream: n_streams must be 1, not {self.n_streams}.")
-        if self.residual == "mhc" and self.n_streams < 2:
-            raise ConfigError("residual='mhc' needs n_streams of 2 or more.")
+        if self.residual == "mhc" and not 2 <= self.n_streams <= MAX_STREAMS:
+            raise ConfigError(
+                f"residual='mhc' needs n_streams from 2 to {MAX_STREAMS}, not {self.n_streams}."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -102,7 +108,8 @@ class GPTConfig:
         return self.vocab_size
 
     def replace(self, **changes: Any) -> GPTConfig:
-        """A copy with some fields changed. `n_hidden` follows `n_embd` where it was four times as wide.
+        """A copy with some fields changed. `n_hidden` follows `n_embd` where it was four times as wide,
+        `n_streams` follows `residual`.
 
         Raises `ConfigError` for unknown fields, suggesting the nearest.
         """
@@ -112,6 +119,8 @@ class GPTConfig:
                 raise ConfigError(f"no model setting is called {name!r}.{did_you_mean(name, known)}")
         if "n_hidden" not in changes and self.n_hidden == 4 * self.n_embd:
             changes["n_hidden"] = 0
+        if "n_streams" not in changes and changes.get("residual", self.residual) != self.residual:
+            changes["n_streams"] = 0
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""How weights start. Gains are one, biases zero; the matrices follow the scheme `config.init`.
+"""How weights start. Gains are one, biases zero, hyper-connections the plain residual; the
+matrices follow the scheme `config.init`.
 
 scheme     each weight                            drawn in the order
 microgpt   N(0, 0.08²)                            wte, wpe, head; per layer wq, wk, wv, wo, w1, w2
@@ -53,4 +54,9 @@ def initialise(p: Any, config: GPTConfig, rng: Random) -> None:
     if not head_first and not config.tied:
         fill(p.head)
     for name in ("norme_w", "norm1_w", "norm2_w", "normf_w"):
+        getattr(p, name)[...] = 1
+    # Hyper-connections start as the plain residual; mix = 0 mixes evenly.
+    for name in ("alpha1", "alpha2", "contract"):
+        getattr(p, name)[...] = 1 / config.n_streams
+    for name in ("beta1", "beta2"):
         getattr(p, name)[...] = 1

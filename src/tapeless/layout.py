@@ -17,6 +17,7 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 
+SINKHORN_ITERATIONS = 20  # as in Xie et al. 2025, arXiv:2512.24880
 N, D = "N", "D"  # symbolic sizes: tokens, documents of a batch
 ALIGN = 64  # bytes: a cache line, and the widest vector
 
@@ -81,7 +82,8 @@ def parameters(config: GPTConfig) -> tuple[Tensor, ...]:
 
 @cache
 def activations(config: GPTConfig) -> tuple[Tensor, ...]:
-    """What the forward pass keeps for the backward pass, and its one scratch row `f`."""
+    """What the forward pass keeps for the backward pass, and its scratch: `f`, what a sublayer adds to
+    the residual stream, and `row`, the scores of one query."""
     c = config
     V, C, T, L, F, H = c.vocab, c.n_embd, c.block_size, c.n_layer, c.n_hidden, c.n_head
 
@@ -92,22 +94,39 @@ def activations(config: GPTConfig) -> tuple[Tensor, ...]:
             Tensor(f"rstd{number}", shape if here else (0,)),
         ]
 
+    def mixing(number: str) -> list[Tensor]:
+        return [
+            Tensor(f"A{number}", (L, S, S) if mhc else (0,)),
+            Tensor(f"sinkhorn{number}", trace),
+            Tensor(f"in{number}", (L, N, C) if mhc else (0,)),
+            Tensor(f"f{number}", (L, N, C) if mhc else (0,)),
+        ]
+
+    mhc, full, S = c.residual == "mhc", c.attention == "full", c.n_streams
+    streams = (L, S, N, C) if mhc else (L, N, C)
+    trace = (L, 2 * SINKHORN_ITERATIONS + 1, S, S) if mhc and S > 2 else (L, 0)
     return (
-        Tensor("emb", (N, C) if c.norm_embed else (0,)),
+        Tensor("emb", (N, C) if c.norm_embed or mhc else (0,)),
+        Tensor("he", (N, C) if c.norm_embed and mhc else (0,)),
         *norm("e", c.norm_embed, N)[1:],
-        Tensor("x", (L + 1, N, C)),
+        Tensor("x", (L + 1, *streams[1:])),
+        *mixing("1"),
         *norm("1", c.norm_attn, L, N),
         Tensor("qkv", (L, N, 3 * C)),
-        Tensor("probs", (L, N, H, T)),
+        Tensor("probs", (L, N, H, T) if full else (0,)),
+        Tensor("lse", (0,) if full else (L, N, H)),
         Tensor("att", (L, N, C)),
-        Tensor("y", (L, N, C)),
+        Tensor("y", streams),
+        *mixing("2"),
         *norm("2", c.norm_mlp, L, N),
         Tensor("u", (L, N, F)),
         Tensor("v", (L, N, F)),
+        Tensor("f", (0,) if mhc else (N, C)),
+        Tensor("out", (N, C) if mhc else (0,)),
         *norm("f", c.norm_final, N),
-        Tensor("f", (N, C)),
+        Tensor("row", (T,)),
         Tensor("logits", (N, V)),
-        Tensor("lse", (N,)),
+        Tensor("logits_lse", (N,)),
         Tensor("loss", (N,)),
     )
 
@@ -117,12 +136,18 @@ def activation_grads(config: GPTConfig) -> tuple[Tensor, ...]:
     """Gradients of activations. One buffer a kind serves every layer: only the running gradient of
     the residual stream, `x`, outlives a sublayer."""
     c = config
+    mhc, S, rows = c.residual == "mhc", c.n_streams, (N, c.n_embd)
     return (
-        Tensor("emb", (N, c.n_embd) if c.norm_embed else (0,)),
-        Tensor("x", (N, c.n_embd)),
-        Tensor("h", (N, c.n_embd)),
+        Tensor("emb", rows if c.norm_embed or mhc else (0,)),
+        Tensor("he", rows if c.norm_embed and mhc else (0,)),
+        Tensor("x", (S, *rows) if mhc else rows),
+        Tensor("inp", rows if mhc else (0,)),
+        Tensor("f", rows if mhc else (0,)),
+        Tensor("A", (S, S) if mhc else (0,)),
+        Tensor("out", rows if mhc else (0,)),
+        Tensor("h", rows),
         Tensor("qkv", (N, 3 * c.n_embd)),
-        Tensor("row", (c.block_size,)),  # one query's attention scores
+        Tensor("row", (max(c.block_size, S),)),  # scratch: the scores of a query, a number per stream
         Tensor("att", (N, c.n_embd)),
         Tensor("u", (N, c.n_hidden)),
         Tensor("v", (N, c.n_hidden)),

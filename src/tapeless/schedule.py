@@ -1,9 +1,9 @@
 """The forward pass and the backward pass of every model, written once.
 
-`make_schedule` closes two plain functions over a config's constants and an engine's ops. They call
-ops on views of preallocated buffers and allocate nothing, so the same source runs as it stands
-under NumPy (`ops.reference`), and compiled to native code (`ops.cpu`). Branches on the config's
-constants are decided before anything runs.
+`make_schedule` closes plain functions over a config's constants and an engine's ops. They call ops
+on views of preallocated buffers and allocate nothing, so the same source runs as it stands under
+NumPy (`ops.reference`), and compiled to native code (`ops.cpu`). Branches on the config's constants
+are decided before anything runs.
 
     p  parameters              g  their gradients (backward adds to them)
     a  activations             d  gradients of activations
@@ -11,7 +11,9 @@ constants are decided before anything runs.
 
 Read `forward` from top to bottom, then `backward` from its head line down: it is `forward` in
 reverse, line by line. `d.x` is the running gradient of the residual stream: at the top of each
-layer's block it is the gradient of that layer's output, at the bottom that of its input.
+layer's block it is the gradient of that layer's output, at the bottom that of its input. With
+hyper-connections ("mhc") the residual is S streams instead of one; a sublayer reads a mixture of
+them (`in1`, `in2`) and what it returns (`f1`, `f2`) goes out to all.
 """
 
 from __future__ import annotations
@@ -41,115 +43,171 @@ def make_schedule(config: GPTConfig, ops: Any) -> Schedule:
 def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callable[..., Any]:
     """The forward pass. With `decoding` the batch is one token at one position: attention reads the
     keys and values cached in `a.cache`, and there is no loss."""
-    n_layer, tied = config.n_layer, config.tied
+    n_layer, tied, eps, tile = config.n_layer, config.tied, config.norm_eps, config.attention_tile
     norm_embed, norm_attn = config.norm_embed, config.norm_attn
-    norm_mlp, norm_final, eps = config.norm_mlp, config.norm_final, config.norm_eps
+    norm_mlp, norm_final = config.norm_mlp, config.norm_final
+    mhc, flash = config.residual == "mhc", config.attention == "flash"
 
     embed_forward, linear_forward, add_forward = ops.embed_forward, ops.linear_forward, ops.add_forward
     norm_forward = ops.layernorm_forward if config.norm == "layer" else ops.rmsnorm_forward
     activation_forward = ops.gelu_forward if config.activation == "gelu" else ops.relu_forward
     attention_forward, attention_decode = ops.attention_forward, ops.attention_decode
+    flash_attention_forward = ops.flash_attention_forward
     tied_head_forward, cross_entropy_forward = ops.tied_head_forward, ops.cross_entropy_forward
+    matrix_forward = ops.sigmoid_matrix_forward if config.n_streams == 2 else ops.sinkhorn_forward
+    mhc_expand_forward, mhc_mix_forward = ops.mhc_expand_forward, ops.mhc_mix_forward
+    mhc_distribute_forward, mhc_contract_forward = ops.mhc_distribute_forward, ops.mhc_contract_forward
 
     def forward(p, a, batch):
         n = batch.sizes[0]
+        emb = a.emb if norm_embed or mhc else a.x[0]
+        embed_forward(emb, p.wte, p.wpe, batch.tokens, batch.positions, n)
         if norm_embed:
-            embed_forward(a.emb, p.wte, p.wpe, batch.tokens, batch.positions, n)
-            norm_forward(a.x[0], a.meane, a.rstde, a.emb, p.norme_w, p.norme_b, n, eps)
-        else:
-            embed_forward(a.x[0], p.wte, p.wpe, batch.tokens, batch.positions, n)
+            he = a.he if mhc else a.x[0]
+            norm_forward(he, a.meane, a.rstde, emb, p.norme_w, p.norme_b, n, eps)
+        if mhc:
+            mhc_expand_forward(a.x[0], a.he if norm_embed else a.emb, n)
 
         for l in range(n_layer):
             # y = x + wo · attention(wqkv · norm(x))
+            if mhc:
+                matrix_forward(a.A1[l], a.sinkhorn1[l], p.mix1[l])
+                mhc_mix_forward(a.y[l], a.in1[l], a.x[l], a.A1[l], p.alpha1[l], n)
+            x = a.in1[l] if mhc else a.x[l]
             if norm_attn:
-                norm_forward(a.h1[l], a.mean1[l], a.rstd1[l], a.x[l], p.norm1_w[l], p.norm1_b[l], n, eps)
-            h1 = a.h1[l] if norm_attn else a.x[l]
+                norm_forward(a.h1[l], a.mean1[l], a.rstd1[l], x, p.norm1_w[l], p.norm1_b[l], n, eps)
+            h1 = a.h1[l] if norm_attn else x
             linear_forward(a.qkv[l], h1, p.wqkv[l], p.bqkv[l], n)
             if decoding:
                 attention_decode(a.att[l], a.cache[l], a.qkv[l], batch.positions)
+            elif flash:
+                flash_attention_forward(a.att[l], a.lse[l], a.row, a.qkv[l], batch.starts, batch.sizes, tile)
             else:
                 attention_forward(a.att[l], a.probs[l], a.qkv[l], batch.starts, batch.sizes)
-            linear_forward(a.f, a.att[l], p.wo[l], p.bo[l], n)
-            add_forward(a.y[l], a.x[l], a.f, n)
+            f1 = a.f1[l] if mhc else a.f
+            linear_forward(f1, a.att[l], p.wo[l], p.bo[l], n)
+            if mhc:
+                mhc_distribute_forward(a.y[l], f1, p.beta1[l], n)
+            else:
+                add_forward(a.y[l], x, f1, n)
 
             # x' = y + w2 · activation(w1 · norm(y))
+            if mhc:
+                matrix_forward(a.A2[l], a.sinkhorn2[l], p.mix2[l])
+                mhc_mix_forward(a.x[l + 1], a.in2[l], a.y[l], a.A2[l], p.alpha2[l], n)
+            y = a.in2[l] if mhc else a.y[l]
             if norm_mlp:
-                norm_forward(a.h2[l], a.mean2[l], a.rstd2[l], a.y[l], p.norm2_w[l], p.norm2_b[l], n, eps)
-            h2 = a.h2[l] if norm_mlp else a.y[l]
+                norm_forward(a.h2[l], a.mean2[l], a.rstd2[l], y, p.norm2_w[l], p.norm2_b[l], n, eps)
+            h2 = a.h2[l] if norm_mlp else y
             linear_forward(a.u[l], h2, p.w1[l], p.b1[l], n)
             activation_forward(a.v[l], a.u[l], n)
-            linear_forward(a.f, a.v[l], p.w2[l], p.b2[l], n)
-            add_forward(a.x[l + 1], a.y[l], a.f, n)
+            f2 = a.f2[l] if mhc else a.f
+            linear_forward(f2, a.v[l], p.w2[l], p.b2[l], n)
+            if mhc:
+                mhc_distribute_forward(a.x[l + 1], f2, p.beta2[l], n)
+            else:
+                add_forward(a.x[l + 1], y, f2, n)
 
+        if mhc:
+            mhc_contract_forward(a.out, a.x[n_layer], p.contract, n)
+        out = a.out if mhc else a.x[n_layer]
         if norm_final:
-            norm_forward(a.hf, a.meanf, a.rstdf, a.x[n_layer], p.normf_w, p.normf_b, n, eps)
-        hf = a.hf if norm_final else a.x[n_layer]
+            norm_forward(a.hf, a.meanf, a.rstdf, out, p.normf_w, p.normf_b, n, eps)
+        hf = a.hf if norm_final else out
         if tied:
             tied_head_forward(a.logits, hf, p.wte, n)
         else:
             linear_forward(a.logits, hf, p.head, p.head[0, :0], n)
         if decoding:
             return 0.0
-        return cross_entropy_forward(a.loss, a.lse, a.logits, batch.targets, batch.weights, n)
+        return cross_entropy_forward(a.loss, a.logits_lse, a.logits, batch.targets, batch.weights, n)
 
     return forward
 
 
 def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
     """The backward pass: `forward` in reverse. Adds to `g`; overwrites `d`."""
-    n_layer, tied = config.n_layer, config.tied
+    n_layer, tied, tile = config.n_layer, config.tied, config.attention_tile
     norm_embed, norm_attn = config.norm_embed, config.norm_attn
     norm_mlp, norm_final = config.norm_mlp, config.norm_final
+    mhc, flash = config.residual == "mhc", config.attention == "flash"
 
-    embed_backward, linear_backward, accumulate = ops.embed_backward, ops.linear_backward, ops.accumulate
+    embed_backward, linear_backward = ops.embed_backward, ops.linear_backward
+    zero, accumulate = ops.zero, ops.accumulate
     norm_backward = ops.layernorm_backward if config.norm == "layer" else ops.rmsnorm_backward
     activation_backward = ops.gelu_backward if config.activation == "gelu" else ops.relu_backward
-    attention_backward, zero = ops.attention_backward, ops.zero
+    attention_backward, flash_attention_backward = ops.attention_backward, ops.flash_attention_backward
     tied_head_backward, cross_entropy_backward = ops.tied_head_backward, ops.cross_entropy_backward
+    matrix_backward = ops.sigmoid_matrix_backward if config.n_streams == 2 else ops.sinkhorn_backward
+    mhc_expand_backward, mhc_mix_backward = ops.mhc_expand_backward, ops.mhc_mix_backward
+    mhc_distribute_backward, mhc_contract_backward = ops.mhc_distribute_backward, ops.mhc_contract_backward
 
     def backward(p, g, a, d, batch):
         n = batch.sizes[0]
-        cross_entropy_backward(d.logits, a.logits, a.lse, batch.targets, batch.weights, n)
-        dhf = d.h if norm_final else d.x
-        hf = a.hf if norm_final else a.x[n_layer]
+        cross_entropy_backward(d.logits, a.logits, a.logits_lse, batch.targets, batch.weights, n)
+        out, dout = a.out if mhc else a.x[n_layer], d.out if mhc else d.x
+        hf, dhf = a.hf if norm_final else out, d.h if norm_final else dout
         if tied:
             tied_head_backward(dhf, g.wte, d.logits, hf, p.wte, n)
         else:
             linear_backward(dhf, g.head, g.head[0, :0], d.logits, hf, p.head, n)
         if norm_final:
-            zero(d.x, n)
-            norm_backward(d.x, g.normf_w, g.normf_b, d.h, a.x[n_layer], a.meanf, a.rstdf, p.normf_w, n)
+            zero(dout, n)
+            norm_backward(dout, g.normf_w, g.normf_b, d.h, out, a.meanf, a.rstdf, p.normf_w, n)
+        if mhc:
+            mhc_contract_backward(d.x, g.contract, d.out, a.x[n_layer], p.contract, n)
 
         for l in range(n_layer - 1, -1, -1):
             # x' = y + w2 · activation(w1 · norm(y)):  the sum passes d.x on to both its terms
-            h2 = a.h2[l] if norm_mlp else a.y[l]
-            linear_backward(d.v, g.w2[l], g.b2[l], d.x, a.v[l], p.w2[l], n)
+            y, dy = a.in2[l] if mhc else a.y[l], d.inp if mhc else d.x
+            if mhc:
+                mhc_distribute_backward(d.f, g.beta2[l], d.x, a.f2[l], p.beta2[l], n)
+                zero(d.inp, n)
+            df = d.f if mhc else d.x
+            h2 = a.h2[l] if norm_mlp else y
+            linear_backward(d.v, g.w2[l], g.b2[l], df, a.v[l], p.w2[l], n)
             activation_backward(d.u, d.v, a.u[l], n)
             linear_backward(d.h, g.w1[l], g.b1[l], d.u, h2, p.w1[l], n)
             if norm_mlp:
-                norm_backward(
-                    d.x, g.norm2_w[l], g.norm2_b[l], d.h, a.y[l], a.mean2[l], a.rstd2[l], p.norm2_w[l], n
-                )
+                mean, rstd = a.mean2[l], a.rstd2[l]
+                norm_backward(dy, g.norm2_w[l], g.norm2_b[l], d.h, y, mean, rstd, p.norm2_w[l], n)
             else:
-                accumulate(d.x, d.h, n)
+                accumulate(dy, d.h, n)
+            if mhc:
+                mhc_mix_backward(d.x, d.A, g.alpha2[l], d.row, d.inp, a.y[l], a.A2[l], p.alpha2[l], n)
+                matrix_backward(g.mix2[l], d.A, a.A2[l], a.sinkhorn2[l])
 
             # y = x + wo · attention(wqkv · norm(x))
-            h1 = a.h1[l] if norm_attn else a.x[l]
-            linear_backward(d.att, g.wo[l], g.bo[l], d.x, a.att[l], p.wo[l], n)
-            attention_backward(d.qkv, d.row, d.att, a.probs[l], a.qkv[l], batch.starts, batch.sizes)
-            linear_backward(d.h, g.wqkv[l], g.bqkv[l], d.qkv, h1, p.wqkv[l], n)
-            if norm_attn:
-                norm_backward(
-                    d.x, g.norm1_w[l], g.norm1_b[l], d.h, a.x[l], a.mean1[l], a.rstd1[l], p.norm1_w[l], n
+            x, dx = a.in1[l] if mhc else a.x[l], d.inp if mhc else d.x
+            if mhc:
+                mhc_distribute_backward(d.f, g.beta1[l], d.x, a.f1[l], p.beta1[l], n)
+                zero(d.inp, n)
+            df = d.f if mhc else d.x
+            h1 = a.h1[l] if norm_attn else x
+            linear_backward(d.att, g.wo[l], g.bo[l], df, a.att[l], p.wo[l], n)
+            if flash:
+                flash_attention_backward(
+                    d.qkv, d.att, a.att[l], a.lse[l], a.qkv[l], batch.starts, batch.sizes, tile
                 )
             else:
-                accumulate(d.x, d.h, n)
+                attention_backward(d.qkv, d.row, d.att, a.probs[l], a.qkv[l], batch.starts, batch.sizes)
+            linear_backward(d.h, g.wqkv[l], g.bqkv[l], d.qkv, h1, p.wqkv[l], n)
+            if norm_attn:
+                mean, rstd = a.mean1[l], a.rstd1[l]
+                norm_backward(dx, g.norm1_w[l], g.norm1_b[l], d.h, x, mean, rstd, p.norm1_w[l], n)
+            else:
+                accumulate(dx, d.h, n)
+            if mhc:
+                mhc_mix_backward(d.x, d.A, g.alpha1[l], d.row, d.inp, a.x[l], a.A1[l], p.alpha1[l], n)
+                matrix_backward(g.mix1[l], d.A, a.A1[l], a.sinkhorn1[l])
 
+        if mhc:
+            mhc_expand_backward(d.he if norm_embed else d.emb, d.x, n)
         if norm_embed:
+            dhe = d.he if mhc else d.x
             zero(d.emb, n)
-            norm_backward(d.emb, g.norme_w, g.norme_b, d.x, a.emb, a.meane, a.rstde, p.norme_w, n)
-            embed_backward(g.wte, g.wpe, d.emb, batch.tokens, batch.positions, n)
-        else:
-            embed_backward(g.wte, g.wpe, d.x, batch.tokens, batch.positions, n)
+            norm_backward(d.emb, g.norme_w, g.norme_b, dhe, a.emb, a.meane, a.rstde, p.norme_w, n)
+        demb = d.emb if norm_embed or mhc else d.x
+        embed_backward(g.wte, g.wpe, demb, batch.tokens, batch.positions, n)
 
     return backward

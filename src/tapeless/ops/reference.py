@@ -253,6 +253,78 @@ def attention_backward(dqkv, row, dout, probs, qkv, starts, sizes):
         dk[:] = dS.transpose(0, 2, 1) @ q
 
 
+def flash_attention_forward(out, lse, row, qkv, starts, sizes, tile):
+    """The same attention, tile by tile; keeps only the log-sum-exp of each query's scores.
+
+    For tiles of queries, over tiles of keys, with a running maximum m, sum l and result o:
+
+        m' = max(m, max_s S_s),  l' = l·e^(m−m') + Σ_s e^(S_s−m'),  o' = o·e^(m−m') + Σ_s e^(S_s−m')·v_s
+
+    At the end out = o/l and lse = m + log l.  lse [N, H]; other shapes as in `attention_forward`;
+    `row` [T] is scratch for engines that go query by query (not used here).
+    Dao et al. 2022, "FlashAttention", arXiv:2205.14135, algorithm 1; lse: Dao 2023, arXiv:2307.08691.
+    """
+    H = lse.shape[1]
+    for first, end in documents(starts, sizes):
+        q, k, v = (split_heads(part, H) for part in np.split(qkv[first:end], 3, axis=1))
+        length = end - first
+        for i in range(0, length, tile):
+            queries = slice(i, min(i + tile, length))
+            qi = q[:, queries]
+            m = np.full(qi.shape[:2], -np.inf, qi.dtype)
+            l, o = np.zeros_like(m), np.zeros_like(qi)
+            for j in range(0, queries.stop, tile):
+                keys = slice(j, min(j + tile, length))
+                S = masked_scores(qi, k[:, keys], queries, keys)
+                m_new = np.maximum(m, S.max(-1))
+                P = np.exp(S - m_new[..., None])
+                shrink = np.exp(m - m_new)
+                l = l * shrink + P.sum(-1)
+                o = o * shrink[..., None] + P @ v[:, keys]
+                m = m_new
+            rows = slice(first + queries.start, first + queries.stop)
+            out[rows] = (o / l[..., None]).transpose(1, 0, 2).reshape(-1, out.shape[1])
+            lse[rows] = (m + np.log(l)).T
+
+
+def flash_attention_backward(dqkv, dout, out, lse, qkv, starts, sizes, tile):
+    """Recomputes P = exp(S − lse) tile by tile, then as in `attention_backward`.
+
+    The sum in the softmax Jacobian needs no P: Σ_s P_s·dP_s = Σ_s P_s·(dout·v_s) = dout·out (= D
+    below). The first token of a document has one key, so its dS is zero: set, not computed, since
+    dP and D are rounded differently and the optimiser would make full-size steps of the difference.
+    """
+    H = lse.shape[1]
+    for first, end in documents(starts, sizes):
+        q, k, v = (split_heads(part, H) for part in np.split(qkv[first:end], 3, axis=1))
+        dq, dk, dv = (split_heads(part, H) for part in np.split(dqkv[first:end], 3, axis=1))
+        do = split_heads(dout[first:end], H)
+        D = np.sum(do * split_heads(out[first:end], H), axis=-1, keepdims=True)
+        length, scale = end - first, q.shape[-1] ** -0.5
+        dqkv[first:end] = 0
+        for j in range(0, length, tile):
+            keys = slice(j, min(j + tile, length))
+            for i in range(j, length, tile):
+                queries = slice(i, min(i + tile, length))
+                S = masked_scores(q[:, queries], k[:, keys], queries, keys)
+                P = np.exp(S - lse[first + queries.start : first + queries.stop].T[..., None])
+                dv[:, keys] += P.transpose(0, 2, 1) @ do[:, queries]
+                dP = do[:, queries] @ v[:, keys].transpose(0, 2, 1)
+                dS = P * (dP - D[:, queries]) * scale
+                if i == 0:
+                    dS[:, 0] = 0
+                dq[:, queries] += dS @ k[:, keys]
+                dk[:, keys] += dS.transpose(0, 2, 1) @ q[:, queries]
+
+
+def masked_scores(q, k, queries, keys):
+    """q·kᵀ/√K of a tile, −∞ where the key comes after the query."""
+    S = q @ k.transpose(0, 2, 1) * q.shape[-1] ** -0.5
+    later = np.arange(keys.start, keys.stop) > np.arange(queries.start, queries.stop)[:, None]
+    S[:, later] = -np.inf
+    return S
+
+
 def attention_decode(out, cache, qkv, positions):
     """One query against the keys and values so far; stores its own first.
 
@@ -270,6 +342,115 @@ def attention_decode(out, cache, qkv, positions):
 def documents(starts, sizes):
     """(first, end) of each document of the batch."""
     return [(starts[s], starts[s + 1]) for s in range(sizes[1])]
+
+
+# ---------------------------------------------------------------- hyper-connections
+#
+# The residual is S streams x_i, each [N, C]. Around a sublayer F:
+#
+#     mixed_i = Σ_j A_ij x_j,    input = Σ_i α_i mixed_i,    x'_i = mixed_i + β_i F(input)
+#
+# A is doubly stochastic, so mixing neither grows nor shrinks the streams. With α = 1/S, β = 1 and
+# equal streams this is the plain residual x + F(x). Xie et al. 2025, "mHC: Manifold-Constrained
+# Hyper-Connections", arXiv:2512.24880; Zhu et al. 2024, "Hyper-Connections", arXiv:2409.19606.
+
+
+def sigmoid_matrix_forward(A, trace, mix):
+    """For two streams: A = [[t, 1−t], [1−t, t]] with t = σ(mix); mix [1], A [2, 2]."""
+    t = 1 / (1 + np.exp(-mix[0]))
+    A[0, 0] = A[1, 1] = t
+    A[0, 1] = A[1, 0] = 1 - t
+
+
+def sigmoid_matrix_backward(dmix, dA, A, trace):
+    """dmix += t(1−t)·(dA₀₀ + dA₁₁ − dA₀₁ − dA₁₀)."""
+    dmix[0] += A[0, 0] * A[0, 1] * ((dA[0, 0] - dA[0, 1]) + (dA[1, 1] - dA[1, 0]))
+
+
+def sinkhorn_forward(A, trace, mix):
+    """For more streams: from M = exp(mix − max mix), divide columns by their sums, then rows, again
+    and again; A is the last M.  mix, A [S, S]; trace [2·iterations + 1, S, S] keeps every M.
+
+    Ends with rows, so that they sum to one to rounding. Sinkhorn and Knopp 1967.
+    """
+    trace[0] = np.exp(mix - mix.max())
+    for i in range(1, len(trace)):
+        trace[i] = trace[i - 1] / trace[i - 1].sum(axis=(i + 1) % 2, keepdims=True)
+    A[:] = trace[-1]
+
+
+def sinkhorn_backward(dmix, dA, A, trace):
+    """Each division y = x/r with r = Σx gives dx = (dy − Σ dy·y)/r, along the axis of that sum;
+    through all of them in reverse, then dmix += dM·M for the exponential.
+
+    (The maximum taken out cancels in the first division, so it has no gradient.)
+    """
+    d = dA.copy()
+    for i in range(len(trace) - 1, 0, -1):
+        axis = (i + 1) % 2
+        r = trace[i - 1].sum(axis=axis, keepdims=True)
+        d = (d - np.sum(d * trace[i], axis=axis, keepdims=True)) / r
+    dmix += d * trace[0]
+
+
+def mhc_expand_forward(x, emb, n):
+    """Every stream starts as a copy: x_i = emb;  x [S, N, C], emb [N, C]."""
+    x[:, :n] = emb[:n]
+
+
+def mhc_expand_backward(demb, dx, n):
+    """demb = Σ_i dx_i."""
+    demb[:n] = np.sum(dx[:, :n], axis=0)
+
+
+def mhc_mix_forward(y, inp, x, A, alpha, n):
+    """y_i = Σ_j A_ij x_j, computed as x_0 + Σ_{j>0} A_ij (x_j − x_0), which is the same since the
+    rows of A sum to one, and keeps equal streams equal to the last bit;  inp = Σ_i α_i y_i.
+
+    x, y [S, N, C], inp [N, C], A [S, S], alpha [S]. `mhc_distribute` adds to y later.
+    """
+    base, apart = x[0, :n], x[1:, :n] - x[0, :n]
+    y[:, :n] = base + np.tensordot(A[:, 1:], apart, axes=1)
+    inp[:n] = np.tensordot(alpha, y[:, :n], axes=1)
+
+
+def mhc_mix_backward(dx, dA, dalpha, row, dinp, x, A, alpha, n):
+    """With e_i = dy_i + α_i·dinp the whole gradient of mixed_i (dy comes in `dx` and leaves as dx):
+
+    dA_ij = Σ_tc e_i·(x_j − x_0),  dx_j = Σ_i A_ij e_i (j > 0),  dx_0 = Σ_i e_i − Σ_{j>0} dx_j,
+    dα_i += Σ_tc dinp·mixed_i.
+
+    Overwrites dA. Streams that are equal give dA = 0 exactly. `row` is scratch (not used here).
+    """
+    apart = x[:, :n] - x[0, :n]
+    along = np.tensordot(apart, dinp[:n], axes=2)
+    dalpha += np.sum(x[0, :n] * dinp[:n]) + A @ along
+    e = dx[:, :n] + alpha[:, None, None] * dinp[:n]
+    dA[:] = np.tensordot(e, apart, axes=([1, 2], [1, 2]))
+    dx[1:, :n] = np.tensordot(A[:, 1:].T, e, axes=1)
+    dx[0, :n] = np.sum(e, axis=0) - np.sum(dx[1:, :n], axis=0)
+
+
+def mhc_distribute_forward(y, f, beta, n):
+    """y_i += β_i·f;  y [S, N, C], f [N, C], beta [S]."""
+    y[:, :n] += beta[:, None, None] * f[:n]
+
+
+def mhc_distribute_backward(df, dbeta, dy, f, beta, n):
+    """df = Σ_i β_i dy_i,  dβ_i += Σ_tc dy_i·f; the streams' own gradient dy passes through."""
+    df[:n] = np.tensordot(beta, dy[:, :n], axes=1)
+    dbeta += np.tensordot(dy[:, :n], f[:n], axes=2)
+
+
+def mhc_contract_forward(out, x, contract, n):
+    """The streams become one: out = Σ_i contract_i·x_i;  x [S, N, C], out [N, C]."""
+    out[:n] = np.tensordot(contract, x[:, :n], axes=1)
+
+
+def mhc_contract_backward(dx, dcontract, dout, x, contract, n):
+    """dx_i = contract_i·dout,  dcontract_i += Σ_tc x_i·dout."""
+    dx[:, :n] = contract[:, None, None] * dout[:n]
+    dcontract += np.tensordot(x[:, :n], dout[:n], axes=2)
 
 
 # ---------------------------------------------------------------- loss

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tapeless.ops import reference
-from tapeless.ops.cpu import activation, attention, embed, linear, loss, norm, optim
+from tapeless.ops.cpu import activation, attention, embed, linear, loss, mhc, norm, optim
 from tapeless.ops.cpu.native import jit
 
 
@@ -19,7 +19,7 @@ def make_ops() -> Any:
     """Every op, compiled on first use."""
     functions = {
         name: function
-        for module in (activation, attention, embed, linear, loss, norm, optim)
+        for module in (activation, attention, embed, linear, loss, mhc, norm, optim)
         for name, function in vars(module).items()
         if callable(function) and not name.startswith("_")
     }

@@ -63,6 +63,71 @@ def attention_backward(dqkv, row, dout, probs, qkv, starts, sizes):
                         dqkv[first + j, 2 * C + c] += p * dout[t, c]
 
 
+def flash_attention_forward(out, lse, row, qkv, starts, sizes, tile):
+    H, C = lse.shape[1], out.shape[1]
+    K = C // H
+    scale = _f32(1) / np.sqrt(_f32(K))
+    for s in range(sizes[1]):
+        first = starts[s]
+        for t in range(first, starts[s + 1]):
+            for h in range(H):
+                for c in range(h * K, (h + 1) * K):
+                    out[t, c] = 0
+                top, total = _f32(-np.inf), _f32(0)
+                for begin in range(first, t + 1, tile):
+                    end = min(begin + tile, t + 1)
+                    new_top = top
+                    for j in range(begin, end):
+                        score = _f32(0)
+                        for c in range(h * K, (h + 1) * K):
+                            score += qkv[t, c] * qkv[j, C + c]
+                        score *= scale
+                        row[j - begin] = score
+                        new_top = max(new_top, score)
+                    shrink = np.exp(top - new_top)
+                    top = new_top
+                    total *= shrink
+                    for c in range(h * K, (h + 1) * K):
+                        out[t, c] *= shrink
+                    for j in range(begin, end):
+                        e = np.exp(row[j - begin] - top)
+                        total += e
+                        for c in range(h * K, (h + 1) * K):
+                            out[t, c] += e * qkv[j, 2 * C + c]
+                inverse = _f32(1) / total
+                for c in range(h * K, (h + 1) * K):
+                    out[t, c] *= inverse
+                lse[t, h] = top + np.log(total)
+
+
+def flash_attention_backward(dqkv, dout, out, lse, qkv, starts, sizes, tile):
+    H, C = lse.shape[1], dout.shape[1]
+    K = C // H
+    scale = _f32(1) / np.sqrt(_f32(K))
+    for t in range(sizes[0]):
+        for c in range(3 * C):
+            dqkv[t, c] = 0
+    for s in range(sizes[1]):
+        first = starts[s]
+        for t in range(first, starts[s + 1]):
+            for h in range(H):
+                along = _f32(0)
+                for c in range(h * K, (h + 1) * K):
+                    along += dout[t, c] * out[t, c]
+                for j in range(first, t + 1):
+                    score, dp = _f32(0), _f32(0)
+                    for c in range(h * K, (h + 1) * K):
+                        score += qkv[t, c] * qkv[j, C + c]
+                        dp += dout[t, c] * qkv[j, 2 * C + c]
+                    p = np.exp(score * scale - lse[t, h])
+                    # With one key the softmax is constant; dp and along may round differently.
+                    ds = p * (dp - along) * scale if t > first else _f32(0)
+                    for c in range(h * K, (h + 1) * K):
+                        dqkv[t, c] += ds * qkv[j, C + c]
+                        dqkv[j, C + c] += ds * qkv[t, c]
+                        dqkv[j, 2 * C + c] += p * dout[t, c]
+
+
 def attention_decode(out, cache, qkv, positions):
     H, K = cache.shape[2], cache.shape[3]
     C = H * K
