@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ from tapeless.layout import (
     activation_grads,
     activations,
     aligned_zeros,
+    decay_segments,
     decoding,
+    memory,
     n_params,
     parameter_plan,
     parameters,
@@ -43,7 +45,8 @@ _OPTIMISER = (
     Tensor("m", ("P",)),
     Tensor("v", ("P",)),
     Tensor("powers", (2,), "float64"),
-    Tensor("constants", (3,), "float64"),  # beta1, beta2, eps
+    Tensor("segments", ("R", 3), "int64"),
+    Tensor("constants", (6,), "float64"),  # beta1, beta2, eps, weight_decay, momentum, grad_clip
 )
 _DATA = (
     Tensor("stream", ("M",), "int32"),
@@ -83,18 +86,29 @@ def _make_gradient(schedule: Schedule, ops: Any, block_size: int) -> Callable:
     return gradient
 
 
-def _make_train(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    forward, backward, pack, adam = schedule.forward, schedule.backward, ops.pack, ops.adam
+def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -> Callable:
+    forward, backward, pack = schedule.forward, schedule.backward, ops.pack
+    adamw, sgd, global_norm = ops.adamw, ops.sgd, ops.global_norm
 
     def train(groups):
         p, g, a, d, batch, opt, data = groups
         beta1, beta2, eps = opt.constants[0], opt.constants[1], opt.constants[2]
+        weight_decay, momentum, clip = opt.constants[3], opt.constants[4], opt.constants[5]
         for k in range(data.losses.shape[0]):
             pack(batch, data.stream, data.spans[k])
             opt.grads[:] = 0
             data.losses[k] = forward(p, a, batch)
             backward(p, g, a, d, batch)
-            adam(opt.params, opt.grads, opt.m, opt.v, opt.powers, data.lrs[k], beta1, beta2, eps)
+            lr, scale = data.lrs[k], 1.0
+            if clip > 0:
+                scale = min(1.0, clip / (global_norm(opt.grads) + 1e-6))
+            if adaptive:
+                adamw(
+                    opt.params, opt.grads, opt.m, opt.v, opt.powers, opt.segments,
+                    lr, beta1, beta2, eps, weight_decay, scale,
+                )  # fmt: skip
+            else:
+                sgd(opt.params, opt.grads, opt.m, lr, momentum, scale)
 
     return train
 
@@ -135,7 +149,8 @@ def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
 _MAKERS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "evaluate": (_make_evaluate, ("p", "a", "batch", "result")),
     "gradient": (_make_gradient, ("p", "g", "a", "d", "batch", "flat", "result")),
-    "train": (_make_train, ("p", "g", "a", "d", "batch", "opt", "data")),
+    "adamw": (partial(_make_train, adaptive=True), ("p", "g", "a", "d", "batch", "opt", "data")),
+    "sgd": (partial(_make_train, adaptive=False), ("p", "g", "a", "d", "batch", "opt", "data")),
     "generate": (_make_generate, ("p", "c", "batch", "out")),
 }
 
@@ -153,21 +168,17 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
 
 def check_memory(config: GPTConfig, engine: str, dtype: str | None, batch_size: int) -> None:
     """Raise `ConfigError` if training needs more memory than the machine has."""
-    kind = check_engine(engine, dtype)
-    sizes = {"N": batch_size * config.block_size, "D": batch_size}
-    needed = 4 * parameter_plan(config, kind).nbytes + sum(
-        Plan(tensors, kind, sizes).nbytes
-        for tensors in (activations(config), activation_grads(config), BATCH)
-    )
-    total = _machine_memory()
+    tokens = batch_size * config.block_size
+    plans = memory(config, check_engine(engine, dtype), tokens, batch_size)
+    needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
     if needed > total:
         raise ConfigError(
             f"training this needs {needed / 1e9:,.1f} GB ({n_params(config):,} parameters, batches of up to "
-            f"{sizes['N']:,} tokens) but the machine has {total / 1e9:,.1f} GB: choose smaller sizes."
+            f"{tokens:,} tokens) but the machine has {total / 1e9:,.1f} GB: choose smaller sizes."
         )
 
 
-def _machine_memory() -> float:
+def machine_memory() -> float:
     """Bytes of physical memory, or infinity where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -230,7 +241,8 @@ class Engine:
     def optimiser(self) -> Any:
         """Adam's moments and running products, beside the parameters and gradients they belong to."""
         m, v = (aligned_zeros(self.params.nbytes).view(self.dtype) for _ in range(2))
-        return view_class("opt", _OPTIMISER)(self.params, self.grads, m, v, np.ones(2), np.zeros(3))
+        segments = decay_segments(self.config)
+        return view_class("opt", _OPTIMISER)(self.params, self.grads, m, v, np.ones(2), segments, np.zeros(6))
 
     @cached_property
     def _decoding(self) -> tuple[Any, Any]:
@@ -309,13 +321,15 @@ class Engine:
         self.program("gradient")(self.p, self.g, self.a, self.d, self.batch, self._flat_grads, self._result)
         return float(self._result.loss[0])
 
-    def train(self, stream: np.ndarray, spans: np.ndarray, lrs: np.ndarray) -> np.ndarray:
-        """One optimiser step for each of `spans` [K, B, 2] at the learning rates `lrs` [K];
-        returns the K losses."""
+    def train(
+        self, stream: np.ndarray, spans: np.ndarray, lrs: np.ndarray, optimiser: str = "adamw"
+    ) -> np.ndarray:
+        """One optimiser step ("adamw" or "sgd") for each of `spans` [K, B, 2] at the learning rates
+        `lrs` [K]; returns the K losses. The other constants are in `self.optimiser.constants`."""
         self.reserve(int(spans[..., 1].sum(1).max()), spans.shape[1])
         losses = np.empty(len(spans))
         data = view_class("data", _DATA)(stream, np.ascontiguousarray(spans), np.asarray(lrs), losses)
-        self.program("train")(self.p, self.g, self.a, self.d, self.batch, self.optimiser, data)
+        self.program(optimiser)(self.p, self.g, self.a, self.d, self.batch, self.optimiser, data)
         return losses
 
     def generate(

@@ -20,7 +20,7 @@ from tapeless.rng import GENERATORS, Random
 
 def generator_name(config: GPTConfig) -> str:
     """The random generator that goes with a config's initialisation."""
-    return "xorshift32" if config.init == "esp32gpt" else "python"
+    return {"microgpt": "python", "esp32gpt": "xorshift32"}.get(config.init, "numpy")
 
 
 def generator(config: GPTConfig, seed: int) -> Random:

@@ -256,3 +256,41 @@ def n_params(config: GPTConfig) -> int:
 def param_views(config: GPTConfig, group: Any) -> dict[str, np.ndarray]:
     """The tensors a config really has, by name: what users see and files hold."""
     return {t.name: v for t, v in zip(parameters(config), group, strict=True) if v.size}
+
+
+# The weights that weight decay shrinks: matrices and embeddings, not gains, biases or scalars.
+DECAYED = ("wte", "wpe", "wqkv", "wo", "w1", "w2", "head")
+
+
+def decay_segments(config: GPTConfig) -> np.ndarray:
+    """The flat buffer as runs (first, end, 1 where weights decay) [R, 3]: matrices and embeddings
+    decay; gains, biases and hyper-connection scalars do not."""
+    segments: list[list[int]] = []
+    end = 0
+    for tensor in parameters(config):
+        shape = tensor.resolve({})
+        first, end = end, end + prod(shape)
+        decays = int(tensor.name in DECAYED)
+        if first == end:
+            continue
+        if segments and segments[-1][2] == decays:
+            segments[-1][1] = end
+        else:
+            segments.append([first, end, decays])
+    return np.array(segments, np.int64)
+
+
+def memory(config: GPTConfig, dtype: Any, tokens: int, documents: int) -> dict[str, Plan]:
+    """What training on batches of up to `tokens` in `documents` allocates: a plan for each buffer,
+    exact to the byte, before anything is allocated."""
+    sizes = {N: tokens, D: documents}
+    flat = parameter_plan(config, dtype)
+    return {
+        "parameters": flat,
+        "gradients": flat,
+        "optimiser m": flat,
+        "optimiser v": flat,
+        "activations": Plan(activations(config), dtype, sizes),
+        "activation gradients": Plan(activation_grads(config), dtype, sizes),
+        "batch": Plan(BATCH, dtype, sizes),
+    }

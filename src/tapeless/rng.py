@@ -1,7 +1,7 @@
 """Randomness that repeats: one seed, one stream of numbers for shuffling, weights and samples.
 
-Two generators with the same methods: `PythonRandom` is Python's `random` (MT19937), as microgpt
-uses it; `XorShift32` is what fits a microcontroller.
+Three generators with the same methods: `PythonRandom` is Python's `random` (MT19937), as microgpt
+uses it; `XorShift32` is what fits a microcontroller; `NumpyRandom` is fast enough for large models.
 """
 
 from __future__ import annotations
@@ -134,7 +134,47 @@ class XorShift32:
         self._spare = float(state["spare"][0])
 
 
-GENERATORS: dict[str, type[PythonRandom] | type[XorShift32]] = {
+class NumpyRandom:
+    """NumPy's PCG64: for models too large to draw their weights one by one."""
+
+    def __init__(self, seed: int):
+        self._generator = np.random.Generator(np.random.PCG64(seed))
+
+    def permutation(self, n: int) -> np.ndarray:
+        """0 … n−1 in random order."""
+        return self._generator.permutation(n)
+
+    def gauss(self, n: int, std: float) -> np.ndarray:
+        """n draws from N(0, std²)."""
+        return self._generator.normal(0, std, n)
+
+    def index(self, n: int) -> int:
+        """A whole number from 0 to n−1."""
+        return int(self._generator.integers(n))
+
+    def uniforms(self, n: int) -> np.ndarray:
+        """n draws, uniform in [0, 1)."""
+        return self._generator.random(n)
+
+    def state(self) -> dict[str, np.ndarray]:
+        s = self._generator.bit_generator.state
+        numbers = (s["state"]["state"], s["state"]["inc"], s["has_uint32"], s["uinteger"])
+        words = [number >> (32 * i) & 0xFFFFFFFF for number in numbers for i in range(4)]
+        return {"words": np.array(words, np.uint32), "spare": np.array([math.nan])}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        rows = state["words"].reshape(4, 4)
+        value, inc, has, spare = (sum(int(w) << (32 * i) for i, w in enumerate(row)) for row in rows)
+        self._generator.bit_generator.state = {
+            "bit_generator": "PCG64",
+            "state": {"state": value, "inc": inc},
+            "has_uint32": has,
+            "uinteger": spare,
+        }
+
+
+GENERATORS: dict[str, type[PythonRandom] | type[XorShift32] | type[NumpyRandom]] = {
     "python": PythonRandom,
     "xorshift32": XorShift32,
+    "numpy": NumpyRandom,
 }

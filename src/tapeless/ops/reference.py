@@ -501,19 +501,40 @@ def sample_token(probs, logits, temperature, top_k, top_p, uniform):
     return min(chosen, np.flatnonzero(probs)[-1])
 
 
-# ---------------------------------------------------------------- optimiser
+# ---------------------------------------------------------------- optimisers
+#
+# Over flat buffers. `scale` multiplies every gradient first: it is where clipping happens.
 
 
-def adam(params, grads, m, v, powers, lr, beta1, beta2, eps):
-    """One Adam step over flat buffers.
+def global_norm(grads):
+    """√(Σ g²) over all parameters. Clipping to c scales by min(1, c / (norm + 1e-6)), as PyTorch
+    does. Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063, algorithm 1."""
+    return np.sqrt(np.sum(grads**2))
 
-    m = β₁m + (1−β₁)g,  v = β₂v + (1−β₂)g²,  p −= lr · (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)
 
-    `powers` holds β₁ᵗ and β₂ᵗ, kept as running products.
-    Kingma and Ba 2015, "Adam", arXiv:1412.6980, algorithm 1.
+def sgd(params, grads, m, lr, momentum, scale):
+    """m = μm + g,  p −= lr·m: gradient descent, with momentum where μ > 0 (Polyak 1964)."""
+    m[:] = momentum * m + scale * grads
+    params -= lr * m
+
+
+def adamw(params, grads, m, v, powers, segments, lr, beta1, beta2, eps, weight_decay, scale):
+    """One AdamW step; with weight_decay = 0, of Adam.
+
+        p −= lr·λ·p                                      (matrices only)
+        m = β₁m + (1−β₁)g,  v = β₂v + (1−β₂)g²
+        p −= lr · (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)
+
+    `powers` holds β₁ᵗ and β₂ᵗ, kept as running products. `segments` [R, 3] divides the buffer into
+    runs (first, end, 1 where weights decay).
+    Kingma and Ba 2015, arXiv:1412.6980, algorithm 1; Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
     powers[0] *= beta1
     powers[1] *= beta2
-    m[:] = beta1 * m + (1 - beta1) * grads
-    v[:] = beta2 * v + (1 - beta2) * grads**2
-    params -= lr * (m / (1 - powers[0])) / (np.sqrt(v / (1 - powers[1])) + eps)
+    for first, end, decays in segments:
+        run = slice(first, end)
+        g = scale * grads[run]
+        m[run] = beta1 * m[run] + (1 - beta1) * g
+        v[run] = beta2 * v[run] + (1 - beta2) * g**2
+        step = (m[run] / (1 - powers[0])) / (np.sqrt(v[run] / (1 - powers[1])) + eps)
+        params[run] -= lr * (weight_decay * decays * params[run] + step)

@@ -5,15 +5,34 @@ import numpy as np
 _f32 = np.float32
 
 
-def adam(params, grads, m, v, powers, lr, beta1, beta2, eps):
+def global_norm(grads):
+    total = 0.0
+    for i in range(grads.shape[0]):
+        total += np.float64(grads[i]) * np.float64(grads[i])
+    return np.sqrt(total)
+
+
+def sgd(params, grads, m, lr, momentum, scale):
+    rate, keep, factor = _f32(lr), _f32(momentum), _f32(scale)
+    for i in range(params.shape[0]):
+        m[i] = keep * m[i] + factor * grads[i]
+        params[i] -= rate * m[i]
+
+
+def adamw(params, grads, m, v, powers, segments, lr, beta1, beta2, eps, weight_decay, scale):
     powers[0] *= beta1
     powers[1] *= beta2
     rate = _f32(lr / (1 - powers[0]))
     inverse = _f32(1 / (1 - powers[1]))
-    b1, b2, tiny = _f32(beta1), _f32(beta2), _f32(eps)
+    b1, b2, tiny, factor = _f32(beta1), _f32(beta2), _f32(eps), _f32(scale)
     a1, a2 = _f32(1 - beta1), _f32(1 - beta2)
-    for i in range(params.shape[0]):
-        g = grads[i]
-        m[i] = b1 * m[i] + a1 * g
-        v[i] = b2 * v[i] + a2 * g * g
-        params[i] -= rate * m[i] / (np.sqrt(v[i] * inverse) + tiny)
+    for s in range(segments.shape[0]):
+        first, end = segments[s, 0], segments[s, 1]
+        shrink = _f32(1 - lr * weight_decay * segments[s, 2])
+        # Slices start at 0, so no index can be negative, which the vectoriser could not know.
+        P, G, M, V = params[first:end], grads[first:end], m[first:end], v[first:end]
+        for i in range(end - first):
+            g = factor * G[i]
+            M[i] = b1 * M[i] + a1 * g
+            V[i] = b2 * V[i] + a2 * g * g
+            P[i] = shrink * P[i] - rate * M[i] / (np.sqrt(V[i] * inverse) + tiny)
