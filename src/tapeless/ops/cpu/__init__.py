@@ -7,6 +7,7 @@ constants by then.
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from tapeless.ops.cpu import activation, attention, embed, linear, loss, mhc, no
 from tapeless.ops.cpu.native import jit
 
 
+@cache
 def make_ops() -> Any:
     """Every op, compiled on first use."""
     functions = {
