@@ -152,17 +152,19 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
 
 
 def check_memory(config: GPTConfig, engine: str, dtype: str | None, batch_size: int) -> None:
-    """Raise `ConfigError` if training needs more memory than the machine has."""
+    """Raise `ConfigError` if training with this batch size, or with 0 just holding a model and its
+    gradients, needs more memory than the machine has."""
     kind = check_engine(engine, dtype)
     sizes = {"N": batch_size * config.block_size, "D": batch_size}
-    needed = 4 * parameter_plan(config, kind).nbytes + sum(
+    copies = 4 if batch_size else 2  # training has Adam's two moments too
+    needed = copies * parameter_plan(config, kind).nbytes + sum(
         Plan(tensors, kind, sizes).nbytes
         for tensors in (activations(config), activation_grads(config), BATCH)
     )
     total = _machine_memory()
     if needed > total:
         raise ConfigError(
-            f"training this needs {needed / 1e9:,.1f} GB ({n_params(config):,} parameters, batches of up to "
+            f"this needs {needed / 1e9:,.1f} GB of memory ({n_params(config):,} parameters, batches of up to "
             f"{sizes['N']:,} tokens) but the machine has {total / 1e9:,.1f} GB: choose smaller sizes."
         )
 

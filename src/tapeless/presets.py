@@ -6,9 +6,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from tapeless.config import GPTConfig
+from tapeless.config import GPTConfig, number, whole
 from tapeless.errors import ConfigError, did_you_mean
 from tapeless.init import generator_name
+
+# Beyond these, something was mistyped: it would take days, or memory that nobody has.
+MAX_STEPS = 2**40
+MAX_TOKENS = 2**20  # of one text
+MAX_TEXTS = 2**20  # of one call
+MAX_TEMPERATURE = 1e6
 
 
 @dataclass(frozen=True)
@@ -28,20 +34,18 @@ class Training:
     max_tokens: int = 16  # longest sample
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**40:
-                raise ConfigError(f"{name} must be a whole number of 1 or more, not {value!r}.")
-        for name in ("lr", "eps"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < 1e6:
-                raise ConfigError(f"{name} must be a number above 0, not {value!r}.")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ConfigError(f"{name} must be at least 0 and below 1, not {value!r}.")
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < 1e6:
-            raise ConfigError(f"temperature must be 0 or more, not {self.temperature!r}.")
+        checked: dict[str, Any] = {
+            "steps": whole("steps", self.steps, 1, MAX_STEPS),
+            "batch_size": whole("batch_size", self.batch_size, 1, MAX_STEPS),
+            "lr": number("lr", self.lr, 0, 1e6),
+            "eps": number("eps", self.eps, 0, 1),
+            "beta1": number("beta1", self.beta1, 0, 1, ends="low"),
+            "beta2": number("beta2", self.beta2, 0, 1, ends="low"),
+            "temperature": number("temperature", self.temperature, 0, MAX_TEMPERATURE, ends="low"),
+            "max_tokens": whole("max_tokens", self.max_tokens, 1, MAX_TOKENS),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         for name, choices in {
             "schedule": ("linear", "constant"),
             "optimiser": ("adam",),
@@ -49,7 +53,7 @@ class Training:
         }.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(f"{name} cannot be {value!r}.{did_you_mean(str(value), choices)}")
+                raise ConfigError(f"{name} cannot be {value!r}.{did_you_mean(value, choices)}")
 
 
 @dataclass(frozen=True)
@@ -71,33 +75,32 @@ class Preset:
 
         Raises `ConfigError` for an unknown name, suggesting the nearest.
         """
-        model_names = [f.name for f in dataclasses.fields(GPTConfig)]
-        training_names = [f.name for f in dataclasses.fields(Training)]
-        for name in settings:
-            if name not in model_names + training_names:
-                hint = did_you_mean(name, model_names + training_names)
-                raise ConfigError(f"no setting is called {name!r}.{hint}")
+        homes = {name: _field(name)[0] for name in settings}
+        model, training = (
+            {name: value for name, value in settings.items() if homes[name] is home}
+            for home in (GPTConfig, Training)
+        )
         return dataclasses.replace(
             self,
-            model=self.model.replace(**{k: v for k, v in settings.items() if k in model_names}),
-            training=dataclasses.replace(
-                self.training, **{k: v for k, v in settings.items() if k in training_names}
-            ),
+            model=self.model.replace(**model),
+            training=dataclasses.replace(self.training, **training),
         )
 
 
+def _field(name: Any) -> tuple[type, dataclasses.Field]:
+    """The setting of this name, and whose it is: the model's or the training's."""
+    fields = {f.name: (home, f) for home in (GPTConfig, Training) for f in dataclasses.fields(home)}
+    if name not in fields:
+        raise ConfigError(f"no setting is called {name!r}.{did_you_mean(name, fields)}")
+    return fields[name]
+
+
 def parse_setting(name: str, text: str) -> Any:
-    """The value of `--set name=text`, by the type of the field it names."""
-    for cls in (GPTConfig, Training):
-        for f in dataclasses.fields(cls):
-            if f.name == name:
-                return _parse(name, text, str(f.type))
-    names = [f.name for cls in (GPTConfig, Training) for f in dataclasses.fields(cls)]
-    raise ConfigError(f"no setting is called {name!r}.{did_you_mean(name, names)}")
+    """The value of `--set name=text`, by the type of the field it names.
 
-
-def _parse(name: str, text: str, kind: str) -> Any:
-    kind = kind.removesuffix(" | None")
+    Raises `ConfigError` for an unknown name, or text that is no such value.
+    """
+    kind = str(_field(name)[1].type).removesuffix(" | None")
     try:
         if kind == "bool":
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
@@ -116,11 +119,11 @@ _ESP32_TRAINING = Training(order="draw", temperature=0.8, max_tokens=15)
 
 presets: dict[str, Preset] = {
     "microgpt": Preset(
-        "Karpathy's microgpt: 1 layer, 4 heads, width 16, 16 characters",
+        "Karpathy's microgpt",
         GPTConfig(norm="rms", norm_embed=True),
     ),
     "esp32gpt": Preset(
-        "the first microcontroller port: no norms, 26 letters and BOS, xorshift32",
+        "the first microcontroller port: no norms, 26 letters, xorshift32",
         _ESP32GPT,
         _ESP32_TRAINING,
         tokenizer="letters",
@@ -136,6 +139,6 @@ presets: dict[str, Preset] = {
 
 def get_preset(name: str) -> Preset:
     """The preset of this name. Raises `ConfigError`, suggesting the nearest, if there is none."""
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         raise ConfigError(f"no preset is called {name!r}.{did_you_mean(name, presets)}")
     return presets[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,11 +23,15 @@ def read_documents(source: str | Path) -> list[str]:
     Raises `DataError` if there is no such file, it cannot be read, is not UTF-8 text, or holds no
     documents.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(f"data must be the path of a text file or a built-in data set, not {source!r:.60}.")
     if str(source) in BUILT_IN:
         text = (resources.files("tapeless.data") / BUILT_IN[str(source)]).read_text(encoding="utf-8")
     else:
         path = Path(source)
         try:
+            if path.is_char_device():  # some never end
+                raise DataError(f"{source} is a device; expected a text file, one document a line.")
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             built_in = ", ".join(BUILT_IN)
@@ -35,7 +40,9 @@ def read_documents(source: str | Path) -> list[str]:
                 f"or a built-in data set: {built_in}."
             ) from None
         except IsADirectoryError:
-            raise DataError(f"{source} is a folder; expected a text file, one document a line.") from None
+            raise DataError(
+                f"{str(source)!r} is a folder; expected a text file, one document a line."
+            ) from None
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{source} is not UTF-8 text (byte {error.start}); expected one document a line."
@@ -43,6 +50,8 @@ def read_documents(source: str | Path) -> list[str]:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"cannot read {source}: {reason}.") from None
+    if "\0" in text:
+        raise DataError(f"{source} is not text: it holds null bytes; expected one document a line.")
     documents = [line.strip() for line in text.split("\n")]
     documents = [d for d in documents if d]
     if not documents:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tapeless.errors import DataError
+from tapeless.errors import DataError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,15 @@ class CharTokenizer:
 
 
 def make_tokenizer(kind: str, documents: Iterable[str]) -> CharTokenizer:
-    """A preset's tokenizer: "chars" (from the documents) or "letters" (fixed)."""
-    return CharTokenizer.letters() if kind == "letters" else CharTokenizer.from_documents(documents)
+    """A preset's tokenizer: "chars" (from the documents) or "letters" (fixed).
+
+    Raises `DataError` for another kind.
+    """
+    if kind == "letters":
+        return CharTokenizer.letters()
+    if kind == "chars":
+        return CharTokenizer.from_documents(documents)
+    raise DataError(f"no tokenizer is called {kind!r}.{did_you_mean(kind, ('chars', 'letters'))}")
 
 
 def tokenizer_from_dict(data: Any) -> CharTokenizer:
