@@ -12,6 +12,8 @@ Names are loaded when they are first used.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -22,16 +24,18 @@ _HOME = {
     "Interrupted": "tapeless.train",
     "Run": "tapeless.train",
     "TapelessError": "tapeless.errors",
+    "gradcheck": "tapeless.gradcheck",
     "load": "tapeless.model",
     "presets": "tapeless.presets",
     "train": "tapeless.train",
 }
 
-__all__ = ["GPT", "GPTConfig", "Interrupted", "Run", "TapelessError", "load", "presets", "train"]
+__all__ = ["GPT", "GPTConfig", "Interrupted", "Run", "TapelessError", "gradcheck", "load", "presets", "train"]
 
 if TYPE_CHECKING:
     from tapeless.config import GPTConfig
     from tapeless.errors import TapelessError
+    from tapeless.gradcheck import gradcheck
     from tapeless.model import GPT, load
     from tapeless.presets import presets
     from tapeless.train import Interrupted, Run, train
@@ -46,4 +50,16 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_HOME})
+
+
+class _Package(ModuleType):
+    """Importing a submodule puts it into the package under its name. Where a public name is the same,
+    as with `train`, the public one must stay, whatever is imported first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

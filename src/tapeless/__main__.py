@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 
-def main() -> None:
+def main() -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure:  # a text that the terminal cannot show is no reason to stop
+            reconfigure(errors="backslashreplace")
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What is buffered cannot be written; without this, Python would try again on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or _failed(error)
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code: 2 after bad input, with one line on standard error."""
+    import typer
+
+    from tapeless.cli import app
     from tapeless.errors import TapelessError
 
+    # Typer's own errors, by way of the one it names: newer versions carry their own copy of Click.
+    usage_error: Any = typer.BadParameter.__base__
+    command = typer.main.get_command(app)
     try:
-        from tapeless.cli import app
-
-        app()
+        with command.make_context("tapeless", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as exit:
+        return exit.exit_code
+    except usage_error as error:
+        path = error.ctx.command_path if error.ctx else "tapeless"
+        message = error.format_message()
+        stop = "" if message.endswith((".", "?")) else "."
+        return _error(f"{message}{stop} See: {path} --help")
     except TapelessError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+        return _error(str(error))
+    except MemoryError:
+        return _error("there is not enough memory for this: choose smaller sizes.")
+    except OSError as error:
+        return _failed(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _error(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _failed(error: OSError) -> int:
+    if isinstance(error, BrokenPipeError):  # the reader has seen enough
+        return 1
+    return _error(f"{error.filename or 'output'}: {error.strerror or error}.")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from tapeless.errors import ConfigError, did_you_mean
@@ -18,6 +19,25 @@ CHOICES = {
 # One tensor index must fit 32 bits on the smallest chip we export to, and no real model comes near.
 MAX_SIZE = 2**24
 MAX_STREAMS = 16
+
+
+def whole(name: str, value: Any, least: int, most: int) -> int:
+    """`value` as an int. Raises `ConfigError`, naming it, unless it is a whole number in this range."""
+    ok = isinstance(value, Integral) and not isinstance(value, bool)
+    if not ok or not least <= value <= most:
+        raise ConfigError(f"{name} must be a whole number from {least:,} to {most:,}, not {value!r}.")
+    return int(value)
+
+
+def number(name: str, value: Any, low: float, high: float, *, ends: str = "") -> float:
+    """`value` as a float. Raises `ConfigError`, naming it, unless it is a number between `low` and
+    `high`, or equal to the one that `ends` names: "low" or "high"."""
+    ok = isinstance(value, Real) and not isinstance(value, bool)
+    if not ok or not (low < value < high or (ends and value == {"low": low, "high": high}[ends])):
+        least = f"at least {low:g}" if ends == "low" else f"above {low:g}"
+        most = f"at most {high:g}" if ends == "high" else f"below {high:g}"
+        raise ConfigError(f"{name} must be a number {least} and {most}, not {value!r}.")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -55,21 +75,16 @@ class GPTConfig:
             name, value = f.name, getattr(self, f.name)
             if not f.type.startswith("int") or value == f.default is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigError(f"{name} must be a whole number, not {value!r}.")
-            if value == f.default == 0:  # to be derived
-                continue
-            if not 1 <= value <= MAX_SIZE:
-                raise ConfigError(f"{name} must be between 1 and {MAX_SIZE:,}, not {value:,}.")
+            least = 0 if f.default == 0 else 1  # 0 where the default is to derive it
+            object.__setattr__(self, name, whole(name, value, least, MAX_SIZE))
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(f"{name} cannot be {value!r}.{did_you_mean(str(value), choices)}")
+                raise ConfigError(f"{name} cannot be {value!r}.{did_you_mean(value, choices)}")
         for f in dataclasses.fields(self):
             if f.type == "bool" and not isinstance(getattr(self, f.name), bool):
                 raise ConfigError(f"{f.name} must be true or false, not {getattr(self, f.name)!r}.")
-        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
-            raise ConfigError(f"norm_eps must be a number between 0 and 1, not {self.norm_eps!r}.")
+        object.__setattr__(self, "norm_eps", number("norm_eps", self.norm_eps, 0, 1))
         if self.n_hidden == 0:
             object.__setattr__(self, "n_hidden", 4 * self.n_embd)
         if self.n_embd % self.n_head:
@@ -79,7 +94,10 @@ class GPTConfig:
             )
         places = [n for n in ("norm_embed", "norm_attn", "norm_mlp", "norm_final") if getattr(self, n)]
         if self.norm == "none" and places:
-            raise ConfigError(f"norm='none' but {places[0]} is true: set it to false or choose a norm.")
+            verb = "is" if len(places) == 1 else "are"
+            raise ConfigError(
+                f"norm='none' but {', '.join(places)} {verb} true: set that to false or choose a norm."
+            )
         if self.norm_bias and self.norm != "layer":
             raise ConfigError(f"norm_bias needs norm='layer', not {self.norm!r}.")
         if self.norm_gain and not places:

@@ -167,13 +167,16 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
 
 
 def check_memory(config: GPTConfig, engine: str, dtype: str | None, batch_size: int) -> None:
-    """Raise `ConfigError` if training needs more memory than the machine has."""
+    """Raise `ConfigError` if training with this batch size, or with 0 just holding a model and its
+    gradients, needs more memory than the machine has."""
     tokens = batch_size * config.block_size
     plans = memory(config, check_engine(engine, dtype), tokens, batch_size)
+    if batch_size == 0:
+        plans = {name: plans[name] for name in ("parameters", "gradients")}
     needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
     if needed > total:
         raise ConfigError(
-            f"training this needs {needed / 1e9:,.1f} GB ({n_params(config):,} parameters, batches of up to "
+            f"this needs {needed / 1e9:,.1f} GB of memory ({n_params(config):,} parameters, batches of up to "
             f"{tokens:,} tokens) but the machine has {total / 1e9:,.1f} GB: choose smaller sizes."
         )
 

@@ -26,10 +26,10 @@ class NumericsError(TapelessError):
     """Training produced a loss that is not a finite number."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known word, or the list of known words."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Known: {', '.join(known)}."

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tapeless.config import MAX_SIZE, number, whole
 from tapeless.errors import ConfigError, DataError
+from tapeless.presets import MAX_TEMPERATURE, MAX_TEXTS, MAX_TOKENS
 from tapeless.rng import Random
 
 MANY = 2**16  # tokens asked of the engine in one call
@@ -27,41 +29,37 @@ def generate(
 ) -> list[str]:
     """`n` texts that begin with `prompt` and go on until BOS, or `max_tokens` new tokens.
 
+    Without a BOS in the tokenizer, texts only end at `max_tokens`, and an empty prompt is a line end.
+
     Each token is drawn from softmax(logits / temperature), temperature 0 taking the likeliest;
     `top_k` > 0 keeps only the k likeliest, `top_p` < 1 the likeliest that together reach p.
     `max_tokens` None fills the block. One uniform number of `rng` is used for each token.
 
     Raises `ConfigError` for settings out of range, `DataError` for a prompt that cannot be encoded.
     """
-    if not isinstance(n, int) or n < 1:
-        raise ConfigError(f"n must be a whole number of 1 or more, not {n!r}.")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature must be 0 or more, not {temperature!r}.")
-    if not isinstance(top_k, int) or top_k < 0:
-        raise ConfigError(f"top_k must be 0 (off) or more, not {top_k!r}.")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be above 0 and at most 1, not {top_p!r}.")
+    n = whole("n", n, 1, MAX_TEXTS)
+    temperature = number("temperature", temperature, 0, MAX_TEMPERATURE, ends="low")
+    top_k = whole("top_k", top_k, 0, MAX_SIZE)
+    top_p = number("top_p", top_p, 0, 1, ends="high")
     if model.tokenizer is None:
         raise ConfigError("this model has no tokenizer: make it with GPT(config, tokenizer=…).")
     tokenizer = model.tokenizer
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-    if any(not 0 <= t < tokenizer.vocab_size for t in ids):
-        raise DataError(f"prompt tokens must be between 0 and {tokenizer.vocab_size - 1}.")
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt, tokenizer.vocab_size)
+    context = ids if tokenizer.bos is None and ids else [tokenizer.start, *ids]
     if max_tokens is None:
-        max_tokens = max(1, model.config.block_size - len(ids))
-    if not isinstance(max_tokens, int) or not 1 <= max_tokens <= 2**24:
-        raise ConfigError(f"max_tokens must be between 1 and {2**24:,}, not {max_tokens!r}.")
+        max_tokens = min(max(1, model.config.block_size - len(ids)), MAX_TOKENS)
+    max_tokens = whole("max_tokens", max_tokens, 1, MAX_TOKENS)
 
     texts: list[str] = []
     while len(texts) < n:
         some = min(n - len(texts), max(1, MANY // max_tokens))
         start = rng.state()
         rows, used = model.engine.generate(
-            [tokenizer.bos, *ids],
+            context,
             some,
             max_tokens,
             rng.uniforms(some * max_tokens),
-            stop=tokenizer.bos,
+            stop=-1 if tokenizer.bos is None else tokenizer.bos,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -72,3 +70,16 @@ def generate(
         rng.uniforms(used)
         texts += [tokenizer.decode([*ids, *row]) for row in rows]
     return texts
+
+
+def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    try:
+        return [whole("a prompt token", token, 0, vocab_size - 1) for token in prompt]
+    except (ConfigError, TypeError):
+        raise DataError(f"the prompt must be text, or tokens from 0 to {vocab_size - 1}.") from None
+
+
+def listed(texts: list[str]) -> str:
+    """Texts one under the other, with a line between them where some have several lines."""
+    between = "---\n" if any("\n" in text for text in texts) else ""
+    return between.join(f"{text}\n" for text in texts)

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tapeless.config import GPTConfig
+from tapeless.config import GPTConfig, whole
 from tapeless.rng import GENERATORS, Random
+
+MAX_SEED = 2**63 - 1
 
 
 def generator_name(config: GPTConfig) -> str:
@@ -24,8 +26,8 @@ def generator_name(config: GPTConfig) -> str:
 
 
 def generator(config: GPTConfig, seed: int) -> Random:
-    """A fresh random generator for this config."""
-    return GENERATORS[generator_name(config)](seed)
+    """A fresh random generator for this config. Raises `ConfigError` for a seed that is none."""
+    return GENERATORS[generator_name(config)](whole("seed", seed, 0, MAX_SEED))
 
 
 def initialise(p: Any, config: GPTConfig, rng: Random) -> None:

@@ -214,12 +214,16 @@ class Plan:
                 end = -(-end // ALIGN) * ALIGN
             self.offsets[t.name] = end
             end += prod(self.shapes[t.name]) * self.dtypes[t.name].itemsize
-        self.nbytes = end
+        self.nbytes = end  # the buffer's length
 
     @property
     def size(self) -> int:
         """Numbers in all (for a plan of one dtype without gaps)."""
         return self.nbytes // self.dtype.itemsize
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor."""
+        return {name: prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()}
 
     def allocate(self) -> np.ndarray:
         """A zeroed flat buffer of bytes for this plan, on a cache-line boundary."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import CharTokenizer
-from tapeless.engine import Engine
+from tapeless.engine import Engine, check_memory
 from tapeless.errors import ConfigError, DataError
 from tapeless.generate import generate
 from tapeless.init import generator, initialise
@@ -27,8 +27,8 @@ class GPT:
     `seed` draws the initial weights by `config.init`; it may be a generator to go on with, or None
     to leave all weights zero. `tokenizer` lets `generate` speak text.
 
-    Raises `ConfigError` for an unknown engine or dtype, a config without `vocab_size`, or one that
-    does not fit in memory.
+    Raises `ConfigError` for an unknown engine or dtype, a seed that is none, a config without
+    `vocab_size`, or one that does not fit in memory.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class GPT:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the config {config.vocab}.")
         self.config = config
         self.tokenizer = tokenizer
+        rng = seed if seed is None or isinstance(seed, Random) else generator(config, seed)
+        check_memory(config, engine, dtype, 0)
         self.engine = Engine(config, engine, dtype)
-        if isinstance(seed, int):
-            seed = generator(config, seed)
-        if seed is not None:
-            initialise(self.engine.p, config, seed)
+        if rng is not None:
+            initialise(self.engine.p, config, rng)
 
     @property
     def params(self) -> Mapping[str, np.ndarray]:
@@ -83,8 +83,9 @@ class GPT:
         return self.engine.evaluate()
 
     def logits(self, tokens: Any, starts: Any = None) -> np.ndarray:
-        """Logits [N, V] of the next token after each of `tokens` [N]."""
-        n = self._fill(tokens, np.zeros(np.shape(tokens), np.int32), starts, None)
+        """Logits [N, V] of the next token after each of `tokens` [N]; `starts` and what is raised as
+        for `loss_and_grad`."""
+        n = self._fill(tokens, tokens, starts, None)  # any targets do: the loss is not used
         self.engine.evaluate()
         return self.engine.a.logits[:n].copy()
 
@@ -99,7 +100,10 @@ class GPT:
         top_p: float = 1.0,
         max_tokens: int | None = None,
     ) -> list[str]:
-        """`n` texts that continue `prompt`, prompt included; see `tapeless.generate`."""
+        """`n` texts that continue `prompt`, prompt included; see `tapeless.generate`.
+
+        Raises `ConfigError` for settings out of range, `DataError` for a prompt that cannot be encoded.
+        """
         return generate(
             self,
             prompt,
@@ -112,7 +116,8 @@ class GPT:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write config.json, tokenizer.json and model.safetensors into the folder `path`.
+        """Write config.json, tokenizer.json and model.safetensors into the folder `path`, replacing
+        those that are there.
 
         Raises `RunError` if that cannot be written.
         """
@@ -123,7 +128,7 @@ class GPT:
         n = len(tokens)
         if len(targets) != n:
             raise DataError(f"tokens and targets differ in length: {n} and {len(targets)}.")
-        starts = np.asarray([0, n] if starts is None else starts)
+        starts = _array([0, n] if starts is None else starts)
         if starts.ndim != 1 or starts.dtype.kind not in "iu" or len(starts) < 2:
             raise DataError("starts must be a list of whole numbers: where each document begins, then N.")
         lengths = np.diff(starts.astype(np.int64))
@@ -133,13 +138,15 @@ class GPT:
             raise DataError(
                 f"a document of {lengths.max()} tokens is longer than the block, {self.config.block_size}."
             )
-        weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
-        if weights.shape != (n,) or not (weights >= 0).all() or not weights.sum() > 0:
-            raise DataError("weights must be one number of 0 or more for each token, not all 0.")
+        weights = np.ones(n) if weights is None else _array(weights)
+        if weights.shape != (n,) or weights.dtype.kind not in "fiub":
+            raise DataError(f"weights must be {n} numbers, one for each token.")
+        if not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+            raise DataError("weights must be finite numbers of 0 or more, not all 0.")
         return self.engine.fill(tokens, targets, starts, weights / weights.sum())
 
     def _ids(self, name: str, ids: Any) -> np.ndarray:
-        ids = np.asarray(ids)
+        ids = _array(ids)
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise DataError(f"{name} must be a non-empty list of token ids.")
         if ids.min() < 0 or ids.max() >= self.config.vocab:
@@ -150,6 +157,13 @@ class GPT:
         return f"GPT({self.n_params:,} parameters, {self.engine.name}, {self.config})"
 
 
+def _array(values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError:  # rows of different lengths
+        raise DataError("expected one flat list of numbers, not a list of lists.") from None
+
+
 def load(path: str | Path, engine: str = "cpu", *, dtype: str | None = None) -> GPT:
     """The model saved in a run folder, with its tokenizer.
 
@@ -158,7 +172,6 @@ def load(path: str | Path, engine: str = "cpu", *, dtype: str | None = None) -> 
     folder = Path(path)
     config, _ = runs.read_config(folder)
     tokenizer = runs.read_tokenizer(folder, config.vocab)
-    tensors = runs.read_tensors(folder / runs.MODEL)
     model = GPT(config, None, engine, dtype=dtype, tokenizer=tokenizer)
-    runs.fill_params(folder / runs.MODEL, tensors, dict(model.params))
+    runs.read_into(model.params, folder / runs.MODEL)
     return model

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+COMPILING = "Compiling for this model and processor: some seconds, this once only."
+
 
 class Console:
     """Training's progress. Losses shown are means, since single documents differ a lot: on the bar
@@ -17,13 +19,16 @@ class Console:
 
         self._console = RichConsole(stderr=True, highlight=False, soft_wrap=True, markup=False)
         self._bar: Any = None
+        self._compiled = False
 
     def start(self, lines: list[str]) -> None:
         for line in lines:
             self._console.print(line)
 
     def compiling(self) -> None:
-        self._console.print("Compiling for this model and processor: some seconds, this once only.")
+        # Generating is a second program, compiled when training is done.
+        self._console.print("Compiling what generates texts, too." if self._compiled else COMPILING)
+        self._compiled = True
 
     def begin(self, step: int, steps: int) -> None:
         self._first = self._step = self._shown = step
@@ -44,7 +49,7 @@ class Console:
                 self._task,
                 completed=self._step,
                 loss=f"loss {self._recent.mean():.4f}",
-                rate=f"{self._rate():,.0f} steps/s",
+                rate=f"{(rate := self._rate()):,.{0 if rate >= 10 else 2}f} steps/s",
             )
             return
         tenth = -(-self._steps // 10)

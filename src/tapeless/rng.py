@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +20,7 @@ def _f32(x: float) -> float:
 _TWO_PI = _f32(2 * math.pi)
 
 
+@runtime_checkable
 class Random(Protocol):
     """What a generator offers. `state` and `restore` carry it across processes."""
 

@@ -10,7 +10,8 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +19,17 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tapeless.config import GPTConfig
-from tapeless.data.documents import BUILT_IN, Corpus, Drawn, Shuffled, read_documents
+from tapeless.config import GPTConfig, whole
+from tapeless.data.documents import BUILT_IN, Corpus, Order, make_order, read_documents
 from tapeless.data.tokenizers import make_tokenizer
 from tapeless.engine import check_engine, check_memory, uses
 from tapeless.errors import ConfigError, NumericsError, RunError
-from tapeless.generate import generate
-from tapeless.init import generator
+from tapeless.generate import generate, listed
+from tapeless.init import MAX_SEED, generator
 from tapeless.io import runs
 from tapeless.model import GPT
-from tapeless.presets import Preset, Training, get_preset
+from tapeless.optim import learning_rates
+from tapeless.presets import MAX_STEPS, Preset, Training, get_preset
 from tapeless.rng import Random
 
 CHUNK_SECONDS = 0.1
@@ -74,7 +76,7 @@ def train(
     engine: str | None = None,
     dtype: str | None = None,
     out: str | Path | None = None,
-    samples: int = 20,
+    samples: int | None = None,
     temperature: float | None = None,
     set: dict[str, Any] | None = None,
     log_every: int = 1,
@@ -82,9 +84,10 @@ def train(
     overwrite: bool = False,
     progress: bool | Progress | None = None,
 ) -> Run:
-    """Train a model on documents, and let it generate `samples` texts.
+    """Train a model on documents or a long text, and let it generate `samples` texts.
 
-    `data` is a text file with one document a line, or a built-in set ("names", the default);
+    `data` is a text file (one document a line, or one text where the preset reads windows of it), or
+    a built-in set ("names", the default);
     `preset` names the model ("microgpt" by default); None elsewhere means the preset's value, seed
     42, engine "cpu". `set` changes any model or training setting: `{"n_embd": 32}`. `out` is the
     run folder to write; None writes nothing. `resume` goes on with the run in `out` as it was set
@@ -95,19 +98,24 @@ def train(
     `NumericsError` if a loss is not finite (the last good state is saved), and `Interrupted` (a
     KeyboardInterrupt) after Ctrl-C, with everything saved.
     """
-    for name, value, least in (("samples", samples, 0), ("log_every", log_every, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number of {least} or more, not {value!r}.")
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
-        raise ConfigError(f"seed must be a whole number of 0 or more, not {seed!r}.")
+    log_every = whole("log_every", log_every, 1, MAX_STEPS)
+    seed = None if seed is None else whole("seed", seed, 0, MAX_SEED)
+    if not isinstance(set or {}, Mapping):
+        raise ConfigError(f"set must be a dictionary of settings by name, not {set!r}.")
     folder = None if out is None else Path(out)
-    given = {"steps": steps, "batch_size": batch_size, "lr": lr, "temperature": temperature}
+    given = {
+        "steps": steps, "batch_size": batch_size, "lr": lr, "samples": samples, "temperature": temperature
+    }  # fmt: skip
     settings = dict(set or {}) | {name: value for name, value in given.items() if value is not None}
     if resume:
+        if overwrite:
+            raise ConfigError("resume goes on with a run, overwrite replaces it: choose one of them.")
         plan = _resumed(folder, data, preset, seed, engine, dtype)
     else:
-        plan = _fresh(folder, overwrite, data, preset, seed, engine, dtype)
-    job = _prepare(plan, settings, folder, samples, log_every)
+        if folder is not None:
+            runs.refuse(folder, overwrite)
+        plan = _fresh(data, preset, seed, engine, dtype)
+    job = _prepare(plan, settings, folder, log_every, overwrite)
     if progress is None or progress is True:
         from tapeless.progress import Console
 
@@ -140,17 +148,11 @@ class _Plan(NamedTuple):
     digest: str | None  # of the data a saved run was trained on
 
 
-def _fresh(folder, overwrite, data, preset, seed, engine, dtype) -> _Plan:
-    if folder is not None:
-        if folder.exists() and not folder.is_dir():
-            raise RunError(f"{folder} is a file; expected a folder for the run.")
-        if runs.is_run(folder) and not overwrite:
-            raise RunError(
-                f"{folder} already holds a run: go on with --resume, or replace it with --overwrite."
-            )
-    name = preset or "microgpt"
+def _fresh(data, preset, seed, engine, dtype) -> _Plan:
+    name = "microgpt" if preset is None else preset
+    data = "names" if data is None else data
     seed = 42 if seed is None else seed
-    return _Plan(name, get_preset(name), data or "names", seed, engine or "cpu", dtype, None)
+    return _Plan(name, get_preset(name), data, seed, "cpu" if engine is None else engine, dtype, None)
 
 
 def _resumed(folder, data, preset, seed, engine, dtype) -> _Plan:
@@ -158,14 +160,17 @@ def _resumed(folder, data, preset, seed, engine, dtype) -> _Plan:
         raise RunError("resume needs the run's folder: give out.")
     config, saved = runs.read_config(folder)
     try:
+        whole("seed", saved["seed"], 0, MAX_SEED)
+        if not all(isinstance(saved[k], str) for k in ("preset", "tokenizer", "data", "engine", "digest")):
+            raise TypeError
         base = Preset(saved["preset"], config, Training(**saved["training"]), saved["tokenizer"])
         plan = _Plan(
             saved["preset"],
             base,
-            data or saved["data"],
+            saved["data"] if data is None else data,
             saved["seed"],
-            engine or saved["engine"],
-            dtype or (None if engine else saved["dtype"]),
+            saved["engine"] if engine is None else engine,
+            saved["dtype"] if engine is None and dtype is None else dtype,
             saved["digest"],
         )
     except (KeyError, TypeError, ConfigError):
@@ -179,13 +184,17 @@ def _resumed(folder, data, preset, seed, engine, dtype) -> _Plan:
 
 
 def _prepare(
-    plan: _Plan, settings: dict[str, Any], folder: Path | None, samples: int, log_every: int
+    plan: _Plan,
+    settings: dict[str, Any],
+    folder: Path | None,
+    log_every: int,
+    overwrite: bool,
 ) -> _Job:
     """Read the data and build the model; everything that can be refused is refused here."""
     chosen = plan.preset.with_settings(settings)
     training = chosen.training
     check_engine(plan.engine, plan.dtype)
-    documents = read_documents(plan.data)
+    documents = read_documents(plan.data, whole=training.order == "windows")
     tokenizer = make_tokenizer(chosen.tokenizer, documents)
     config = chosen.model.replace(vocab_size=chosen.model.vocab_size or tokenizer.vocab_size)
     if config.vocab != tokenizer.vocab_size:
@@ -202,11 +211,7 @@ def _prepare(
             raise RunError(f"{plan.data} is not the data that {folder} was trained on.")
 
     rng = generator(config, plan.seed)
-    order: Shuffled | Drawn
-    if training.order == "shuffle":
-        order = Shuffled(corpus, rng, training.batch_size)
-    else:
-        order = Drawn(corpus, rng, training.batch_size, config.block_size)
+    order = make_order(training.order, corpus, rng, training.batch_size, config.block_size)
     model = GPT(config, rng, plan.engine, dtype=plan.dtype, tokenizer=tokenizer)
     about = {
         "preset": plan.name,
@@ -219,7 +224,7 @@ def _prepare(
         "engine": plan.engine,
         "dtype": str(model.engine.dtype),
     }
-    job = _Job(model, training, corpus, order, rng, about, folder, samples, log_every)
+    job = _Job(model, training, corpus, order, rng, about, folder, log_every, overwrite)
     if plan.digest is not None:
         job.restore()
     return job
@@ -240,64 +245,69 @@ class _Job:
     model: GPT
     training: Training
     corpus: Corpus
-    order: Shuffled | Drawn
+    order: Order
     rng: Random
     about: dict[str, Any]  # what config.json says besides the model
     folder: Path | None
-    samples: int
     log_every: int
+    overwrite: bool  # a run that stands in the folder
+    resumed: bool = False
     step: int = 0
     losses: list[np.ndarray] = field(default_factory=list)
     _logged: int = 0  # steps already in metrics.jsonl
 
     def __post_init__(self) -> None:
         t = self.training
-        self.model.engine.optimiser.constants[:] = t.beta1, t.beta2, t.eps
+        constants = t.beta1, t.beta2, t.eps, t.weight_decay, t.momentum, t.grad_clip
+        self.model.engine.optimiser.constants[:] = constants
 
     def run(self, progress: Progress) -> Run:
         engine = self.model.engine
         engine.notice = progress.compiling
-        if self.folder is not None:
-            self._begin_folder()
         progress.start(self._headline())
-        longest = int(self.corpus.spans[:, 1].max())
-        engine.reserve(longest * self.training.batch_size, self.training.batch_size)
-        engine.program("train")
+        engine.reserve(self.order.longest * self.training.batch_size, self.training.batch_size)
+        engine.program(self._program)
+        # Only now that nothing else can go wrong is a run that stands there replaced.
+        if self.folder is not None:
+            if not self.resumed:
+                runs.claim(self.folder, self.overwrite)
+            self._save()
         progress.begin(self.step, self.training.steps)
         try:
-            with _stop_on_interrupt() as stop:
+            # A step that overflows is found by looking at its results; NumPy need not warn as well.
+            with _stop_on_interrupt() as stop, np.errstate(all="ignore"):
                 self._loop(progress, stop)
-                interrupted = stop.is_set()
+                interrupted = stop.is_set() and self.step < self.training.steps
         finally:
             progress.finish()
         losses = np.concatenate(self.losses) if self.losses else np.empty(0)
         run = Run(self.model, losses, [], self.folder, self.step)
         if interrupted:
             raise Interrupted(run)
-        if self.samples:
+        if self.training.samples:
             run.samples = generate(
                 self.model,
                 "",
-                self.samples,
+                self.training.samples,
                 temperature=self.training.temperature,
                 rng=self.rng,
                 max_tokens=self.training.max_tokens,
             )
             if self.folder is not None:
-                runs.write_text(self.folder / runs.SAMPLES, "".join(f"{s}\n" for s in run.samples))
+                runs.write_text(self.folder / runs.SAMPLES, listed(run.samples))
         return run
 
     def _loop(self, progress: Progress, stop: threading.Event) -> None:
         steps = self.training.steps
         chunk, last_save = 8, time.monotonic()
+        snapshots = deque([self._snapshot()], maxlen=2)
         while self.step < steps and not stop.is_set():
             k = min(chunk, steps - self.step)
-            before = self._snapshot()
             began = time.monotonic()
             losses = self._advance(k)
             seconds = time.monotonic() - began
-            if not np.isfinite(losses).all():
-                self._recover(before, int(np.flatnonzero(~np.isfinite(losses))[0]), losses)
+            self._check(losses, snapshots)
+            snapshots.append(self._snapshot())
             self.losses.append(losses)
             progress.update(losses)
             chunk = max(1, min(8 * k, int(k * CHUNK_SECONDS / max(seconds, 1e-9))))
@@ -309,16 +319,15 @@ class _Job:
 
     def _advance(self, k: int) -> np.ndarray:
         spans = self.order.take(self.step, k)
-        losses = self.model.engine.train(self.corpus.stream, spans, self._rates(self.step, k))
+        rates = learning_rates(self.training, self.step, k)
+        losses = self.model.engine.train(self.corpus.stream, spans, rates, self._program)
         self.step += k
         return losses
 
-    def _rates(self, step: int, k: int) -> np.ndarray:
-        """Learning rates of steps `step` to `step + k` (from 0)."""
-        t = self.training
-        if t.schedule == "constant":
-            return np.full(k, t.lr)
-        return t.lr * (1 - np.arange(step, step + k) / t.steps)
+    @property
+    def _program(self) -> str:
+        """The engine's program for this optimiser: Adam is AdamW without decay."""
+        return "sgd" if self.training.optimiser == "sgd" else "adamw"
 
     # ------------------------------------------------------------ state
 
@@ -333,51 +342,61 @@ class _Job:
         for target, source in zip((opt.params, opt.m, opt.v, opt.powers), arrays, strict=True):
             target[...] = source
 
-    def _recover(self, before: tuple[Any, ...], bad: int, losses: np.ndarray) -> None:
-        """Go back to the parameters that gave the last finite loss, save them, and raise.
+    def _check(self, losses: np.ndarray, snapshots: deque[tuple[Any, ...]]) -> None:
+        """If the last chunk spoilt the model, go back to the last good state, save it, and raise.
 
-        Loss `bad` of this chunk came from parameters that the update before it had spoilt, so that
-        update is undone too: the chunk is run again, which repeats bit for bit, up to there.
+        A state is good if a step from it gives a finite loss and a finite state:
+        hence two snapshots, the older one known to be good. From there the steps are done again one
+        by one, so that where training ends up does not depend on the size of chunks.
         """
-        self._restore(before)
-        step = self.step + bad
-        if bad > 1:
-            self._advance(bad - 1)
-        self.losses.append(losses[: max(bad - 1, 0)])
-        kept = ""
-        if self.folder is not None and self.step > 0:
+        if np.isfinite(losses).all() and self._finite():
+            return
+        seen = np.concatenate([*self.losses, losses])
+        first = self.step - len(seen)
+        good = snapshots[0]
+        self._restore(good)
+        while True:
+            here, loss = self._snapshot(), self._advance(1)[0]
+            if not (np.isfinite(loss) and self._finite()):
+                break
+            good = here
+        what = "the update overflows" if np.isfinite(loss) else f"the loss is {loss}"
+        message = f"{what} at step {self.step:,}."
+        self._restore(good)
+        self.losses = [seen[: self.step - first]]
+        lr = f"a smaller lr (it was {self.training.lr:g})."
+        if self.folder is not None:
+            runs.cut_metrics(self.folder / runs.METRICS, self.step)
+            self._logged = min(self._logged, self.step)
             self._save()
-            kept = f" {self.folder} keeps the state after step {self.step}."
-        raise NumericsError(
-            f"the loss is {losses[bad]} at step {step + 1}.{kept} "
-            f"Try a smaller lr (it is {self.training.lr:g})."
-        )
+            message += f" {self.folder} keeps the state after step {self.step:,}: resume it with {lr}"
+        else:
+            message += f" Try {lr}"
+        raise NumericsError(message)
 
-    def _begin_folder(self) -> None:
-        assert self.folder is not None
-        if self.step == 0:
-            for name in runs.FILES:
-                (self.folder / name).unlink(missing_ok=True)
-        self._save()
+    def _finite(self) -> bool:
+        opt = self.model.engine.optimiser
+        return all(bool(np.isfinite(array).all()) for array in (opt.params, opt.m, opt.v))
+
+    def _state(self) -> dict[str, np.ndarray]:
+        """What state.safetensors holds."""
+        opt, random = self.model.engine.optimiser, self.rng.state()
+        return {
+            "params": opt.params,
+            "m": opt.m,
+            "v": opt.v,
+            "powers": opt.powers,
+            "step": np.array([self.step], np.int64),
+            "rng.words": random["words"],
+            "rng.spare": random["spare"],
+        }
 
     def _save(self) -> None:
         assert self.folder is not None
-        opt, state = self.model.engine.optimiser, self.rng.state()
         rows = self._new_rows()
         if rows:
             runs.append_metrics(self.folder / runs.METRICS, rows)
-        runs.write_tensors(
-            self.folder / runs.STATE,
-            {
-                "params": opt.params,
-                "m": opt.m,
-                "v": opt.v,
-                "powers": opt.powers,
-                "step": np.array([self.step], np.int64),
-                "rng.words": state["words"],
-                "rng.spare": state["spare"],
-            },
-        )
+        runs.write_tensors(self.folder / runs.STATE, self._state())
         runs.save_model(
             self.folder, self.model.config, self.model.tokenizer, dict(self.model.params), self.about
         )
@@ -385,7 +404,7 @@ class _Job:
     def _new_rows(self) -> list[dict[str, Any]]:
         first = self.step - sum(map(len, self.losses))
         losses = np.concatenate(self.losses) if self.losses else np.empty(0)
-        rates = self._rates(first, len(losses))
+        rates = learning_rates(self.training, first, len(losses))
         rows = [
             {"step": first + i + 1, "loss": float(losses[i]), "lr": float(rates[i])}
             for i in range(max(self._logged - first, 0), len(losses))
@@ -398,37 +417,38 @@ class _Job:
         """Take up the state saved in the run folder."""
         assert self.folder is not None
         path = self.folder / runs.STATE
-        tensors = runs.read_tensors(path)
-        opt = self.model.engine.optimiser
+        state = self._state()
+        runs.read_into(state, path)
+        self.step = int(state["step"][0])
         try:
-            for name in ("params", "m", "v", "powers"):
-                getattr(opt, name)[...] = tensors[name].reshape(getattr(opt, name).shape)
-            self.step = int(tensors["step"][0])
-            self.rng.restore({"words": tensors["rng.words"], "spare": tensors["rng.spare"]})
-        except (KeyError, ValueError, IndexError, TypeError):
-            raise RunError(
-                f"{path} does not match {self.folder / runs.CONFIG}: it cannot be resumed."
-            ) from None
+            self.rng.restore({"words": state["rng.words"], "spare": state["rng.spare"]})
+        except ValueError:
+            raise RunError(f"{path} is damaged: its random state is none.") from None
+        if self.step < 0 or not self._finite():
+            raise RunError(f"{path} is damaged: it holds numbers that training cannot go on from.")
         if self.step >= self.training.steps:
             raise RunError(
                 f"{self.folder} is complete: {self.step} steps of {self.training.steps}. "
                 "Give more --steps to go on."
             )
+        self.resumed = True
         self._logged = self.step
-        rows = runs.read_metrics(self.folder / runs.METRICS, self.step)
-        runs.write_text(self.folder / runs.METRICS, runs.json_lines(rows))
+        runs.cut_metrics(self.folder / runs.METRICS, self.step)
 
     def _headline(self) -> list[str]:
         c, t = self.model.config, self.training
         engine = self.model.engine
-        documents = f"{self.about['documents']:,} documents, {c.vocab} tokens"
-        each = "document" if t.batch_size == 1 else "documents"
+        if t.order == "windows":
+            size, each = f"{len(self.corpus.stream):,} tokens", "window"
+        else:
+            size, each = f"{self.about['documents']:,} documents", "document"
+        each += "s" if t.batch_size > 1 else ""
         lines = [
             f"{self.about['preset']}: {self.model.n_params:,} parameters · "
-            f"{Path(str(self.about['data'])).name} ({documents}) · "
+            f"{Path(str(self.about['data'])).name} ({size}, vocabulary {c.vocab:,}) · "
             f"{t.steps:,} steps of {t.batch_size} {each} · {uses(engine.name, engine.dtype)}"
         ]
-        if self.corpus.n_cut:
+        if self.corpus.n_cut and t.order != "windows":
             verb = "cut to it" if t.order == "shuffle" else "left out"
             what = "document is" if self.corpus.n_cut == 1 else "documents are"
             lines.append(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -16,17 +18,22 @@ from tapeless.rng import Random
 BUILT_IN = {"names": "names.txt"}
 
 
-def read_documents(source: str | Path) -> list[str]:
-    """The non-empty stripped lines of a text file, or of a built-in data set ("names").
+def read_documents(source: str | Path, *, whole: bool = False) -> list[str]:
+    """The non-empty stripped lines of a text file, or of a built-in data set ("names"); with `whole`
+    the whole text as it is, as one document.
 
     Raises `DataError` if there is no such file, it cannot be read, is not UTF-8 text, or holds no
     documents.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(f"data must be the path of a text file or a built-in data set, not {source!r:.60}.")
     if str(source) in BUILT_IN:
         text = (resources.files("tapeless.data") / BUILT_IN[str(source)]).read_text(encoding="utf-8")
     else:
         path = Path(source)
         try:
+            if path.is_char_device():  # some never end
+                raise DataError(f"{source} is a device; expected a text file, one document a line.")
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             built_in = ", ".join(BUILT_IN)
@@ -35,7 +42,9 @@ def read_documents(source: str | Path) -> list[str]:
                 f"or a built-in data set: {built_in}."
             ) from None
         except IsADirectoryError:
-            raise DataError(f"{source} is a folder; expected a text file, one document a line.") from None
+            raise DataError(
+                f"{str(source)!r} is a folder; expected a text file, one document a line."
+            ) from None
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{source} is not UTF-8 text (byte {error.start}); expected one document a line."
@@ -43,8 +52,10 @@ def read_documents(source: str | Path) -> list[str]:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"cannot read {source}: {reason}.") from None
-    documents = [line.strip() for line in text.split("\n")]
-    documents = [d for d in documents if d]
+    if "\0" in text:
+        raise DataError(f"{source} is not text: it holds null bytes; expected one document a line.")
+    documents = [line.strip() for line in ([text] if whole else text.split("\n"))]
+    documents = [text] if whole and any(documents) else [d for d in documents if d]
     if not documents:
         raise DataError(f"{source} holds no documents: it is empty or has only blank lines.")
     return documents
@@ -53,7 +64,8 @@ def read_documents(source: str | Path) -> list[str]:
 @dataclass(frozen=True)
 class Corpus:
     """Documents as tokens: `stream` is BOS d₁ BOS d₂ BOS …; span (start, length) of a document
-    covers its leading BOS and its text, cut to the block; its targets end with the next BOS."""
+    covers its leading BOS and its text, cut to the block; its targets end with the next BOS.
+    Where the tokenizer has no BOS there is one document, and the stream is just its text."""
 
     stream: np.ndarray  # [M] int32
     spans: np.ndarray  # [documents, 2] int64
@@ -66,6 +78,9 @@ class Corpus:
         encoded = [ids for ids in map(tokenizer.encode, documents) if ids]
         if not encoded:
             raise DataError("no document holds a character that the tokenizer knows.")
+        if tokenizer.bos is None:
+            stream = np.array(encoded[0], np.int32)
+            return cls(stream, np.array([[0, len(stream) - 1]]), 0, _digest(stream))
         lengths = np.array([len(ids) + 1 for ids in encoded])
         ends = np.cumsum(lengths)
         stream = np.empty(ends[-1] + 1, np.int32)
@@ -75,19 +90,46 @@ class Corpus:
         inside[0] = inside[ends] = False
         stream[inside] = np.concatenate([np.array(ids, np.int32) for ids in encoded])
         spans = np.stack([ends - lengths, np.minimum(lengths, block_size)], axis=1).astype(np.int64)
-        digest = hashlib.sha256(stream.tobytes()).hexdigest()
-        return cls(stream, spans, int(np.sum(lengths > block_size)), digest)
+        return cls(stream, spans, int(np.sum(lengths > block_size)), _digest(stream))
+
+
+def _digest(stream: np.ndarray) -> str:
+    return hashlib.sha256(stream.tobytes()).hexdigest()
+
+
+class Order(Protocol):
+    """Which spans each step trains on; `longest` is the length of the longest."""
+
+    longest: int
+
+    def take(self, step: int, steps: int) -> np.ndarray:
+        """Spans [steps, B, 2] of steps `step` to `step + steps` (from 0). Orders that draw at random
+        draw now: they must be asked for steps in turn."""
+
+
+def make_order(kind: str, corpus: Corpus, rng: Random, batch_size: int, block_size: int) -> Order:
+    """The order "shuffle", "draw" or "windows".
+
+    Raises `DataError` where the data cannot be read that way.
+    """
+    if kind == "windows":
+        return Windows(corpus, rng, batch_size, block_size)
+    if corpus.spans[:, 1].max() > block_size:
+        raise DataError("a text without documents can only be read as order=windows.")
+    if kind == "draw":
+        return Drawn(corpus, rng, batch_size, block_size)
+    return Shuffled(corpus, rng, batch_size)
 
 
 class Shuffled:
     """Documents in an order shuffled once, round and round."""
 
     def __init__(self, corpus: Corpus, rng: Random, batch_size: int):
+        self.longest = int(corpus.spans[:, 1].max())
         self._spans = corpus.spans[rng.permutation(len(corpus.spans))]
         self._batch_size = batch_size
 
     def take(self, step: int, steps: int) -> np.ndarray:
-        """Spans [steps, B, 2] of steps `step` to `step + steps` (from 0)."""
         B = self._batch_size
         index = np.arange(step * B, (step + steps) * B) % len(self._spans)
         return self._spans[index].reshape(steps, B, 2)
@@ -105,11 +147,11 @@ class Drawn:
                 f"every document is longer than the block ({block_size} tokens): "
                 "set a larger block_size, or order=shuffle, which cuts them."
             )
+        self.longest = int(corpus.spans[self._fits, 1].max())
         self._rng = rng
         self._batch_size = batch_size
 
     def take(self, step: int, steps: int) -> np.ndarray:
-        """Spans [steps, B, 2], drawn now: the order of calls is the order of draws."""
         chosen = []
         for _ in range(steps * self._batch_size):
             i = self._rng.index(len(self._spans))
@@ -117,3 +159,23 @@ class Drawn:
                 i = self._rng.index(len(self._spans))
             chosen.append(i)
         return self._spans[chosen].reshape(steps, self._batch_size, 2)
+
+
+class Windows:
+    """Windows of the block's length at random places of the stream, as nanoGPT reads a text."""
+
+    def __init__(self, corpus: Corpus, rng: Random, batch_size: int, block_size: int):
+        self.longest = block_size
+        self._places = len(corpus.stream) - block_size
+        if self._places < 1:
+            raise DataError(
+                f"the text has {len(corpus.stream):,} tokens; windows of {block_size:,} need one more than "
+                "that at least: set a smaller block_size."
+            )
+        self._rng = rng
+        self._batch_size = batch_size
+
+    def take(self, step: int, steps: int) -> np.ndarray:
+        count = steps * self._batch_size
+        starts = [self._rng.index(self._places) for _ in range(count)]
+        return np.stack([starts, np.full(count, self.longest)], axis=1).reshape(steps, self._batch_size, 2)

@@ -1,4 +1,4 @@
-"""Tokenizers of single characters. Each knows its BOS, which begins and ends every document."""
+"""Tokenizers of single characters, with a BOS that begins and ends every document, or without."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tapeless.errors import DataError
+from tapeless.errors import DataError, did_you_mean
 
 
 @dataclass(frozen=True)
 class CharTokenizer:
     """One token a character.
 
-    `bos` is the id of the begin-of-sequence token; the characters take the other ids in order.
+    `bos` is the id of the begin-of-sequence token, or None; the characters take the other ids in
+    order.
     With `fold`, text is lower-cased and characters without a token are dropped; otherwise they
     are an error.
     """
 
     chars: str
-    bos: int
+    bos: int | None
     fold: bool = False
 
     @classmethod
@@ -30,6 +31,11 @@ class CharTokenizer:
         return cls(chars, bos=len(chars))
 
     @classmethod
+    def from_text(cls, documents: Iterable[str]) -> CharTokenizer:
+        """For one long text: its sorted characters, line ends among them, and no BOS."""
+        return cls("".join(sorted(set().union(*documents))), bos=None)
+
+    @classmethod
     def letters(cls) -> CharTokenizer:
         """esp32gpt's: BOS = 0, a = 1 … z = 26."""
         return cls(string.ascii_lowercase, bos=0, fold=True)
@@ -37,7 +43,9 @@ class CharTokenizer:
     def __post_init__(self) -> None:
         if len(set(self.chars)) != len(self.chars):
             raise DataError("a character tokenizer needs distinct characters.")
-        if not 0 <= self.bos <= len(self.chars):
+        if not self.chars:
+            raise DataError("a character tokenizer needs characters.")
+        if self.bos is not None and not 0 <= self.bos <= len(self.chars):
             raise DataError(f"bos must be between 0 and {len(self.chars)}, not {self.bos}.")
         ids = [i for i in range(self.vocab_size) if i != self.bos]
         object.__setattr__(self, "_ids", dict(zip(self.chars, ids, strict=True)))
@@ -45,8 +53,13 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """V: the characters and BOS."""
-        return len(self.chars) + 1
+        """V: the characters, and BOS where there is one."""
+        return len(self.chars) + (self.bos is not None)
+
+    @property
+    def start(self) -> int:
+        """The token to generate from when there is no prompt: BOS, or else a line end."""
+        return self.encode("\n" if "\n" in self.chars else self.chars[0])[0] if self.bos is None else self.bos
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, without BOS. Raises `DataError` for an unknown character."""
@@ -71,8 +84,19 @@ class CharTokenizer:
 
 
 def make_tokenizer(kind: str, documents: Iterable[str]) -> CharTokenizer:
-    """A preset's tokenizer: "chars" (from the documents) or "letters" (fixed)."""
-    return CharTokenizer.letters() if kind == "letters" else CharTokenizer.from_documents(documents)
+    """A preset's tokenizer: "chars" (from the documents), "letters" (fixed), "text" (from one text).
+
+    Raises `DataError` for another kind.
+    """
+    if kind == "letters":
+        return CharTokenizer.letters()
+    if kind == "chars":
+        return CharTokenizer.from_documents(documents)
+    if kind == "text":
+        return CharTokenizer.from_text(documents)
+    if kind == "gpt2":
+        raise DataError("this preset needs GPT-2's tokens, which cannot be made from text yet.")
+    raise DataError(f"no tokenizer is called {kind!r}.{did_you_mean(kind, ('chars', 'letters', 'text'))}")
 
 
 def tokenizer_from_dict(data: Any) -> CharTokenizer:
@@ -81,7 +105,7 @@ def tokenizer_from_dict(data: Any) -> CharTokenizer:
         if data["type"] != "char":
             raise DataError(f"unknown tokenizer type {data['type']!r}; expected 'char'.")
         chars, bos, fold = data["chars"], data["bos"], data["fold"]
-        if not (isinstance(chars, str) and isinstance(bos, int) and isinstance(fold, bool)):
+        if not (isinstance(chars, str) and isinstance(bos, int | None) and isinstance(fold, bool)):
             raise TypeError
     except (KeyError, TypeError):
         raise DataError("not a tokenizer: expected type, chars, bos and fold.") from None

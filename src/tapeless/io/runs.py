@@ -7,9 +7,9 @@ state.safetensors    everything needed to go on: parameters, moments, step, rand
 metrics.jsonl        one object a logged step: step (from 1), loss, lr
 samples.txt          texts generated at the end
 
-Every file but `metrics.jsonl` is written aside, flushed to disk and renamed, so a killed process
-leaves the old file or the new one. `metrics.jsonl` only grows by whole lines; reading it stops at
-the last one.
+Every file but `metrics.jsonl` is written aside (as `.NAME.part`), flushed to disk and renamed, so a
+killed process leaves the old file or the new one. `metrics.jsonl` only grows by whole lines; a last
+line without its end is ignored.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,43 +46,50 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises `RunError` if the folder or the disk will not have it.
     """
-    try:
+    # One name for all attempts: what a killed process left aside is replaced by the next one.
+    aside = path.with_name(f".{path.name}.part")
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
         try:
-            write(Path(aside))
+            write(aside)
             with open(aside, "rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(aside, 0o666 & ~_umask())
             os.replace(aside, path)
         except BaseException:
-            Path(aside).unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the system refuses, as a `RunError`."""
+    try:
+        yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}.") from None
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    # A file name need not be Unicode; what of it cannot be encoded becomes "\udcxx", as in JSON.
+    content = text.encode("utf-8", errors="backslashreplace")
+    write_file(path, lambda aside: aside.write_bytes(content))
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    metadata = {"format": "tapeless"}
-    write_file(path, lambda aside: save_file(tensors, str(aside), metadata))
+    def write(aside: Path) -> None:
+        try:
+            save_file(tensors, str(aside), {"format": "tapeless"})
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(str(error)) from None
+
+    write_file(path, write)
 
 
 def save_model(
@@ -92,11 +99,13 @@ def save_model(
     params: dict[str, np.ndarray],
     about: dict[str, Any] | None = None,
 ) -> None:
-    """Write config.json, tokenizer.json and model.safetensors."""
+    """Write config.json, tokenizer.json and model.safetensors. Raises `RunError` if that fails."""
     from tapeless import __version__
 
     write_json(folder / CONFIG, {"tapeless": __version__, "model": config.to_dict(), **(about or {})})
-    if tokenizer is not None:
+    if tokenizer is None:
+        remove([folder / TOKENIZER])  # of another model saved here before
+    else:
         write_json(folder / TOKENIZER, tokenizer.to_dict())
     write_tensors(folder / MODEL, params)
 
@@ -106,11 +115,14 @@ def json_lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def append_metrics(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json_lines(rows))
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}.") from None
+    with _writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json_lines(rows))
+
+
+def remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with _writing(path):
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- reading
@@ -148,7 +160,9 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
     path = folder / CONFIG
     content = read_json(path)
     try:
-        return GPTConfig(**content["model"]), content
+        config = GPTConfig(**content["model"])
+        assert config.vocab  # a saved model knows its tokens
+        return config, content
     except (KeyError, TypeError):
         raise RunError(f"{path} is damaged: it does not describe a model.") from None
     except ConfigError as error:
@@ -172,8 +186,10 @@ def read_tokenizer(folder: Path, vocab_size: int) -> CharTokenizer | None:
     return tokenizer
 
 
-def fill_params(path: Path, tensors: dict[str, np.ndarray], views: dict[str, np.ndarray]) -> None:
-    """Copy tensors read from `path` into parameter views. Raises `RunError` where they do not match."""
+def read_into(views: Mapping[str, np.ndarray], path: Path) -> None:
+    """Copy the tensors of a file into `views`, by name. Raises `RunError`, before anything is copied,
+    where the file cannot be read, or does not hold these names, shapes and kinds of number."""
+    tensors = read_tensors(path)
     missing = [name for name in views if name not in tensors]
     if missing:
         raise RunError(f"{path} has no tensor {missing[0]!r}: it does not match config.json.")
@@ -185,35 +201,71 @@ def fill_params(path: Path, tensors: dict[str, np.ndarray], views: dict[str, np.
             raise RunError(
                 f"{path}: {name} is {list(tensors[name].shape)}, but config.json says {list(view.shape)}."
             )
-        if tensors[name].dtype.kind != "f":
-            raise RunError(f"{path}: {name} holds {tensors[name].dtype}, not floating-point numbers.")
+        if tensors[name].dtype.kind != view.dtype.kind:
+            raise RunError(f"{path}: {name} holds {tensors[name].dtype} numbers; expected {view.dtype}.")
     for name, view in views.items():
         view[...] = tensors[name]
 
 
-def read_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl up to `steps`."""
-    rows = []
+def cut_metrics(path: Path, steps: int) -> None:
+    """Take from metrics.jsonl what lies beyond `steps`: logged by a process killed before it saved.
+
+    Raises `RunError` if a whole line is not an object with a step; then nothing is changed.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return []
-    for line in text.splitlines():
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}.") from None
+    lines = content.splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    kept = []
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if row["step"] > steps:
-                break
+            if json.loads(line)["step"] <= steps:
+                kept.append(line)
         except (ValueError, KeyError, TypeError):
-            break
-        rows.append(row)
-    return rows
+            raise RunError(f"{path} is damaged in line {number}: mend or remove it to go on.") from None
+    if (text := b"".join(kept)) != content:
+        write_file(path, lambda aside: aside.write_bytes(text))
 
 
 # ---------------------------------------------------------------- folders
 
 
-def is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in FILES)
+def refuse(folder: Path, overwrite: bool) -> None:
+    """Raise `RunError` if a new run must not be written into `folder`."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"{there} is a file; expected a folder for the run.")
+    if not any((folder / name).exists() for name in FILES):
+        return
+    if not overwrite:
+        raise RunError(f"{folder} already holds a run: go on with --resume, or replace it with --overwrite.")
+    try:
+        ours = "tapeless" in read_json(folder / CONFIG)
+    except (RunError, TypeError):
+        ours = True  # missing or damaged: what else the folder holds is a run's
+    if not ours:
+        raise RunError(f"{folder} has a {CONFIG} that is no run's: choose another folder, or remove it.")
+
+
+def claim(folder: Path, overwrite: bool) -> None:
+    """Make `folder` this process's own to write a new run into, removing the run it may hold.
+
+    Raises `RunError` where `refuse` does, also if another process claimed it meanwhile.
+    """
+    refuse(folder, overwrite)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    remove(folder / name for name in FILES)
+    with _writing(folder / METRICS):
+        try:
+            open(folder / METRICS, "x").close()
+        except FileExistsError:
+            raise RunError(f"another process has just begun a run in {folder}.") from None
 
 
 def numbered_runs(preset: str, base: Path = Path("runs")) -> dict[int, Path]:

@@ -1,0 +1,87 @@
+"""The result of a gradient check for people: a table, and a certificate to keep."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tapeless.config import GPTConfig
+from tapeless.errors import ConfigError
+from tapeless.gradcheck import ENGINE_TOLERANCE, LOSS_TOLERANCE, TOLERANCE, GradCheck
+from tapeless.io import runs
+
+
+def check_path(report: Path) -> None:
+    """Raise `ConfigError` unless the report's name ends in .html or .json."""
+    if report.suffix not in (".html", ".json"):
+        raise ConfigError(f"the report must be a .html or .json file, not {str(report)!r}.")
+
+
+def show(preset: str, config: GPTConfig, result: GradCheck, report: Path | None = None) -> None:
+    """Print the result, and write it to `report` if there is one.
+
+    Raises `RunError` if that cannot be written.
+    """
+    Console(highlight=False).print(*_parts(preset, config, result), sep="\n")
+    if report is None:
+        return
+    if report.suffix == ".json":
+        runs.write_json(report, {"about": about(preset, config, result), "result": result.to_dict()})
+        return
+    console = Console(record=True, highlight=False, width=100, file=io.StringIO())
+    console.print(*_parts(preset, config, result), "", _about_table(preset, config, result), sep="\n")
+    runs.write_text(report, console.export_html())
+
+
+def about(preset: str, config: GPTConfig, result: GradCheck) -> dict[str, Any]:
+    """What was checked, with what: enough to do it again."""
+    return {
+        "preset": preset,
+        "config": config.to_dict(),
+        "engine": result.engine,
+        "seed": result.seed,
+        "tolerances": {
+            "entry against finite differences, relative": TOLERANCE,
+            "engine's tensor against the reference's, relative norm": ENGINE_TOLERANCE,
+            "engine's loss": LOSS_TOLERANCE,
+        },
+        "versions": {name: version(name) for name in ("tapeless", "numpy", "numba", "llvmlite")}
+        | {"python": platform.python_version(), "machine": platform.machine()},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _parts(preset: str, config: GPTConfig, result: GradCheck) -> list[Any]:
+    compared = result.engine_loss is not None
+    table = Table("tensor", "shape", box=None)
+    for column in ("checked", "worst error", *([f"{result.engine} engine"] if compared else []), ""):
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        checked = "all" if row.checked == row.size else f"{row.checked:,} of {row.size:,}"
+        cells = [row.name, " × ".join(map(str, row.shape)), checked, f"{row.worst:.1e}"]
+        cells += [f"{row.engine:.1e}"] if row.engine is not None else []
+        table.add_row(*cells, "[green]ok[/]" if row.ok else "[bold red]FAILED[/]")
+    lines: list[Any] = [f"{preset}: gradients against finite differences", table]
+    if compared:
+        verdict = "[green]ok[/]" if result.loss_ok else "[bold red]FAILED[/]"
+        lines.append(f"loss {result.loss:.7f}, {result.engine} engine {result.engine_loss:.7f}  {verdict}")
+    if result.ok:
+        lines.append("All gradients agree.")
+    else:
+        lines.append(f"[bold red]FAILED:[/] {', '.join(result.failed) or 'the loss'}")
+    return lines
+
+
+def _about_table(preset: str, config: GPTConfig, result: GradCheck) -> Table:
+    table = Table(box=None, show_header=False)
+    for name, value in about(preset, config, result).items():
+        pairs = value.items() if isinstance(value, dict) else ()
+        table.add_row(name, ", ".join(f"{k} {v}" for k, v in pairs) or str(value))
+    return table

@@ -1,0 +1,55 @@
+"""Running `tapeless` as its users do: a real command in a real process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+COMMAND = [sys.executable, "-m", "tapeless"]
+SMALL = ("--engine", "reference", "--steps", "20", "--samples", "2")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return os.environ | {"COLUMNS": "80", "PYTHONUTF8": "1"} | changes
+
+
+def tapeless(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    options = {"env": environment(), "timeout": 120} | options
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd, capture_output=True, encoding="utf-8", check=False, **options,
+    )  # fmt: skip
+
+
+def start(*arguments: Any, cwd: Path) -> subprocess.Popen[str]:
+    """Start a command, to be interrupted."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+
+
+def succeeds(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    result = tapeless(*arguments, cwd=cwd, **options)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def refused(*arguments: Any, cwd: Path, **options: Any) -> str:
+    """The one line of error of a command that must be refused with exit code 2."""
+    result = tapeless(*arguments, cwd=cwd, **options)
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == errors[0]
+    return errors[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
