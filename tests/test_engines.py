@@ -94,10 +94,16 @@ def test_loss_logits_and_gradients(pair, name):
         assert abs(cpu.loss_and_grad(*batch) - exact.loss_and_grad(*batch)) <= 1e-5
         n = sum(lengths)
         np.testing.assert_allclose(cpu.engine.a.logits[:n], exact.engine.a.logits[:n], rtol=0, atol=1e-4)
+        # Where a relu's input is zero to rounding, float32 may rightly see it on the other side.
+        if cpu.config.activation == "relu" and np.abs(exact.engine.a.u[:, :n]).min() < 1e-5:
+            return
+        compared.append(1)
         for tensor, g in cpu.grads.items():
             assert relative(g, exact.grads[tensor]) <= 1e-4, tensor
 
+    compared = []
     check()
+    assert len(compared) >= 30
 
 
 def test_small_batches_after_large_ones(pair):
@@ -299,10 +305,14 @@ def test_generation_is_the_full_forward_pass_token_by_token(pair, name):
 
 @st.composite
 def some_logits(draw):
-    """Logits in float32, some of them with ties."""
+    """Logits in float32, some of them with ties.
+
+    In steps of 2⁻¹⁶, as the compiled sampler finds its border by halving the range 64 times and takes
+    logits nearer than 2⁻⁶⁴ of it, like 0 and 1e-22, for ties; their probabilities do not differ.
+    """
     size = draw(st.integers(1, 40))
-    values = st.floats(-20, 20, width=32) | st.integers(-3, 3).map(float)
-    return draw(arrays(np.float32, size, elements=values))
+    values = st.integers(-20 * 2**16, 20 * 2**16).map(lambda i: i / 2**16) | st.integers(-3, 3)
+    return draw(arrays(np.float32, size, elements=values.map(np.float32)))
 
 
 SAMPLERS = {"reference": reference.sample_token, "cpu": cpu_loss.sample_token}
