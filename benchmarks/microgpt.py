@@ -42,7 +42,7 @@ def step_seconds(engine: str, steps: int, repeats: int) -> float:
     model = tl.GPT(tl.presets["microgpt"].model.replace(vocab_size=tokenizer.vocab_size), engine=engine)
     corpus = Corpus.from_documents(documents, tokenizer, model.config.block_size)
     spans = Shuffled(corpus, PythonRandom(42), 1).take(0, steps)
-    model.engine.optimiser.constants[:] = 0.85, 0.99, 1e-8
+    model.engine.optimiser.constants[:3] = 0.85, 0.99, 1e-8
     rates = 0.01 * (1 - np.arange(steps) / steps)
     model.engine.train(corpus.stream, spans[:10], rates[:10])
     seconds = []

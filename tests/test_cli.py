@@ -38,7 +38,7 @@ def test_each_command_has_help_that_fits_the_terminal(command, tmp_path):
 
 def test_help_tells_the_defaults(tmp_path):
     words = re.sub(r"[│\s]+", " ", succeeds("train", "--help", cwd=tmp_path).stdout)
-    for default in ("names", "microgpt", "42", "cpu", "20", "the preset's"):
+    for default in ("names", "microgpt", "42", "cpu", "the preset's"):
         assert f"[default: {default}]" in words
 
 

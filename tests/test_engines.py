@@ -151,7 +151,7 @@ def training_data(config, steps=60, batch_size=3):
 def trained(engine, pieces=(), config=PRESETS["microgpt"]):
     """Losses and parameters after training in pieces that end at these steps."""
     e = random_model(config, engine).engine
-    e.optimiser.constants[:] = 0.85, 0.99, 1e-8
+    e.optimiser.constants[:3] = 0.85, 0.99, 1e-8
     stream, spans, lrs = training_data(config)
     cuts = [0, *pieces, len(lrs)]
     losses = [e.train(stream, spans[a:b], lrs[a:b]) for a, b in itertools.pairwise(cuts) if a < b]

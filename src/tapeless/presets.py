@@ -178,7 +178,7 @@ presets: dict[str, Preset] = {
         GPTConfig(norm="rms", norm_embed=True),
     ),
     "esp32gpt": Preset(
-        "the first microcontroller port: no norms, 26 letters, xorshift32",
+        "the first microcontroller port: no norms, xorshift32",
         _ESP32GPT,
         _ESP32_TRAINING,
         tokenizer="letters",
@@ -232,7 +232,7 @@ presets: dict[str, Preset] = {
         tokenizer="text",
     ),
     "gpt2": _gpt2("124M", 12, 12, 768),
-    "gpt2-medium": _gpt2("350M", 24, 16, 1024),
+    "gpt2-medium": _gpt2("355M", 24, 16, 1024),
     "gpt2-large": _gpt2("774M", 36, 20, 1280),
     "gpt2-xl": _gpt2("1558M", 48, 25, 1600),
 }

@@ -1,0 +1,199 @@
+"""`tapeless check`, `tapeless budget` and `tl.gradcheck`: a right gradient passes, a wrong one is named."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+
+import numpy as np
+import pytest
+
+import tapeless as tl
+from tapeless.__main__ import run
+from tapeless.gradcheck import example
+from tapeless.layout import memory
+from tapeless.ops import reference
+
+SMALL = [f"--set={s}" for s in ("vocab_size=6", "block_size=5", "n_embd=4", "n_head=2", "n_hidden=5")]
+LAYERED = [
+    f"--set={s}"
+    for s in (
+        "norm=layer",
+        "norm_gain=true",
+        "norm_bias=true",
+        "norm_final=true",
+        "bias=true",
+        "activation=gelu",
+    )
+]
+MHC = ["--set=residual=mhc"]
+# For each output of each backward op: options of a model that uses it, and the tensors that must be
+# named, where the mistake shows in particular ones (a gradient of activations spoils all before it).
+OUTPUTS = {
+    ("embed_backward", "dwte"): ([], ["wte"]),
+    ("embed_backward", "dwpe"): ([], ["wpe"]),
+    ("rmsnorm_backward", "dx"): ([], ["wte"]),
+    ("rmsnorm_backward", "dw"): (["--set=norm_gain=true"], ["norm1_w", "norm2_w", "norme_w"]),
+    ("layernorm_backward", "dx"): (LAYERED, ["wte"]),
+    ("layernorm_backward", "dw"): (LAYERED, ["norm1_w", "norm2_w", "norme_w", "normf_w"]),
+    ("layernorm_backward", "db"): (LAYERED, ["norm1_b", "norm2_b", "norme_b", "normf_b"]),
+    ("linear_backward", "dx"): ([], ["wte", "wqkv", "wo", "w1", "w2"]),
+    ("linear_backward", "dw"): ([], ["wqkv", "wo", "w1", "w2", "head"]),
+    ("linear_backward", "db"): (LAYERED, ["bqkv", "bo", "b1", "b2"]),
+    ("tied_head_backward", "dx"): (["--set=tied=true"], ["wo", "w1", "w2"]),
+    ("tied_head_backward", "dwte"): (["--set=tied=true"], ["wte"]),
+    ("relu_backward", "du"): ([], ["w1"]),
+    ("gelu_backward", "du"): (LAYERED, ["w1", "b1"]),
+    ("attention_backward", "dqkv"): ([], ["wqkv"]),
+    ("flash_attention_backward", "dqkv"): (["--set=attention=flash", "--set=attention_tile=2"], ["wqkv"]),
+    ("sigmoid_matrix_backward", "dmix"): (MHC, ["mix2"]),
+    ("sinkhorn_backward", "dmix"): ([*MHC, "--set=n_streams=3"], ["mix2"]),
+    ("mhc_expand_backward", "demb"): (MHC, ["wte", "wpe"]),
+    ("mhc_mix_backward", "dx"): (MHC, ["wte", "wo"]),
+    ("mhc_mix_backward", "dA"): (MHC, ["mix2"]),
+    ("mhc_mix_backward", "dalpha"): (MHC, ["alpha1", "alpha2"]),
+    ("mhc_distribute_backward", "df"): (MHC, ["wo", "w2"]),
+    ("mhc_distribute_backward", "dbeta"): (MHC, ["beta1", "beta2"]),
+    ("mhc_contract_backward", "dx"): (MHC, ["w2"]),
+    ("mhc_contract_backward", "dcontract"): (MHC, ["contract"]),
+    ("cross_entropy_backward", "dlogits"): ([], ["head"]),
+}
+MISTAKES = {
+    "sign": lambda d: -d,
+    "missing terms": lambda d: d * (np.arange(d.size) % 2 == 0).reshape(d.shape),
+    "wrong index": lambda d: np.roll(d, 1, axis=-1),
+    "one part in a thousand": lambda d: d * 1.001,
+}
+
+
+def plant(monkeypatch, op, output, mistake):
+    """Let `op` get one of its outputs wrong. Outputs that are added to are wrong in what is added."""
+    right = getattr(reference, op)
+    at = list(inspect.signature(right).parameters).index(output)
+    overwritten = output in ("dqkv", "dlogits", "du", "df", "dA", "demb") or (op, output) in (
+        ("linear_backward", "dx"),
+        ("tied_head_backward", "dx"),
+        ("mhc_mix_backward", "dx"),
+        ("mhc_contract_backward", "dx"),
+    )
+
+    def wrong(*arguments):
+        before = 0 if overwritten else arguments[at].copy()
+        right(*arguments)
+        arguments[at][...] = before + mistake(arguments[at] - before)
+
+    monkeypatch.setattr(reference, op, wrong)
+
+
+def test_every_output_of_every_backward_op_is_planted():
+    """An output is a `d…` argument that the op does not only read: those come first."""
+    backward = [name for name in vars(reference) if name.endswith("_backward")]
+    assert {op for op, _ in OUTPUTS} == set(backward)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(("op", "output"), OUTPUTS)
+def test_a_planted_mistake_is_named(op, output, mistake, monkeypatch, capsys):
+    options, named = OUTPUTS[op, output]
+    if mistake in ("missing terms", "wrong index") and op == "sigmoid_matrix_backward":
+        pytest.skip("its output is one number")
+    plant(monkeypatch, op, output, MISTAKES[mistake])
+    code = run(["check", "microgpt", *SMALL, *options, "--engine=reference", "--entries=12"])
+    failed = re.search(r"FAILED: ([\w, \n]+)", capsys.readouterr().out)
+    assert code == 1
+    assert failed
+    assert set(re.split(r"[,\s]+", failed[1])) & set(named)
+
+
+@pytest.mark.parametrize(
+    "options", [[], LAYERED, MHC, ["--set=tied=true"]], ids=["plain", "layer", "mhc", "tied"]
+)
+def test_right_gradients_pass(options, capsys):
+    assert run(["check", "microgpt", *SMALL, *options, "--engine=reference"]) == 0
+    assert "All gradients agree." in capsys.readouterr().out
+
+
+def test_a_wrong_engine_is_named(monkeypatch):
+    """A model whose engine computes something else than the reference fails in that column."""
+    config = tl.GPTConfig(vocab_size=5, block_size=4, n_head=2, n_embd=4, n_hidden=3, norm_embed=True)
+    model, *batch = example(config, "cpu")
+    assert tl.gradcheck(model, *batch).ok
+    right = model.engine.gradient
+
+    def wrong():
+        loss = right()
+        model.grads["wo"][0, 0] *= 1.01
+        return loss
+
+    monkeypatch.setattr(model.engine, "gradient", wrong)
+    result = tl.gradcheck(model, *batch)
+    assert not result.ok
+    assert result.failed == ["wo"]
+
+
+def test_certificates(tmp_path, capsys):
+    for name in ("check.json", "check.html"):
+        code = run(["check", "flashmicrogpt", "--entries=5", "--seed=3", "--report", str(tmp_path / name)])
+        assert code == 0
+    content = json.loads((tmp_path / "check.json").read_text())
+    assert content["about"]["config"]["attention"] == "flash"
+    assert content["about"]["seed"] == 3
+    assert {"tapeless", "numpy", "python"} <= set(content["about"]["versions"])
+    rows = {row["name"]: row for row in content["result"]["rows"]}
+    assert rows["wqkv"]["checked"] == 5
+    assert rows["contract"]["checked"] == 2
+    assert all(row["worst"] <= 1e-6 and row["engine"] <= 1e-4 for row in rows.values())
+    html = (tmp_path / "check.html").read_text()
+    assert "<html>" in html
+    for word in ("wqkv", "contract", "numpy", "worst error", "attention_tile"):
+        assert word in html
+    assert run(["check", "--report", str(tmp_path / "check.pdf")]) == 2
+    assert run(["check", "--report", str(tmp_path / "no" / "check.json"), "nosuch"]) == 2
+    capsys.readouterr()
+
+
+def test_large_tensors_are_sampled(capsys):
+    options = ["--set=n_layer=1", "--set=vocab_size=300", "--set=block_size=8", "--entries=3"]
+    assert run(["check", "gpt2", *options, "--set=n_embd=96", "--engine=reference"]) == 0
+    assert "3 of 28,800" in capsys.readouterr().out
+
+
+def test_budget(capsys):
+    assert run(["budget", "microgpt"]) == 0
+    out = capsys.readouterr().out
+    assert "4,192 parameters" in out
+    assert re.search(r"parameters +16,768 ", out)
+    assert run(["budget", "gpt2-xl", "--batch-size", "100000"]) == 1
+    assert "Does not fit" in capsys.readouterr().out
+
+
+def test_the_budget_is_what_is_allocated():
+    config = tl.presets["microgpt"].model.replace(vocab_size=9, attention="flash", residual="mhc")
+    model = tl.GPT(config, engine="reference", dtype="float32")
+    model.engine.reserve(48, 3)
+    plans = memory(config, "float32", 48, 3)
+    assert plans["parameters"].nbytes == model.engine.params.nbytes
+    for name, views in (("activations", model.engine.a), ("activation gradients", model.engine.d)):
+        assert sum(view.nbytes for view in views) == sum(plans[name].sizes().values())
+        gaps = plans[name].nbytes - sum(plans[name].sizes().values())
+        assert 0 <= gaps < 64 * len(views)
+
+
+def test_flash_memory_grows_linearly_with_the_block():
+    """Full attention keeps T numbers for each head and token, flash one."""
+    small, large = (
+        {
+            kind: memory(
+                tl.presets["gpt2"].model.replace(block_size=T, attention=kind), "float32", T, 1
+            )["activations"].nbytes
+            for kind in ("full", "flash")
+        }
+        for T in (512, 1024)
+    )  # fmt: skip
+    assert large["flash"] / small["flash"] == pytest.approx(2, rel=1e-3)
+    assert large["full"] / small["full"] > 2.5
+    kept = tl.presets["gpt2"].model.replace(attention="flash")
+    plan = memory(kept, "float32", 1024, 1)["activations"]
+    assert plan.sizes()["lse"] == 12 * 1024 * 12 * 4
+    assert plan.sizes()["probs"] == 0
