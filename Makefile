@@ -1,19 +1,24 @@
-# make demo    install into .venv and train microgpt on the built-in names
-# make test    the tests, on a fresh machine too
-# make lint    ruff, formatting, type checks
-# make format  let ruff put the formatting right
+# make demo          install into .venv and train microgpt on the built-in names
+# make test          the tests, on a fresh machine too
+# make test-oracles  heavier proofs: every combination of choices; PyTorch and transformers
+# make lint          ruff, formatting, type checks
+# make format        let ruff put the formatting right
+# make bench         how long things take
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-oracles lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tapeless train
 
 test: $(VENV)/.tested
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
+
+test-oracles: $(VENV)/.oracles
+	$(BIN)/pytest -n 2 -m oracle
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .
@@ -40,6 +45,11 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@
+
+# This version of PyTorch has a build without CUDA where PyPI's newest would bring gigabytes.
+$(VENV)/.oracles: $(VENV)/.tested
+	$(BIN)/pip install --quiet --editable '.[test,oracles]'
 	@touch $@
 
 $(VENV)/.linted: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere. Written to standard error."""
+"""Progress for people: a line at each tenth of the way, and a bar on a terminal; on standard error."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ COMPILING = "Compiling for this model and processor: some seconds, this once onl
 
 
 class Console:
-    """Training's progress. Losses shown are means, since single documents differ a lot: on the bar
-    over the last 200 steps, in a plain line over the steps since the line before."""
+    """Training's progress. Losses shown are means, since single documents differ a lot: in a line over
+    the steps since the line before, on the bar over the last 200 steps."""
 
     def __init__(self) -> None:
         from rich.console import Console as RichConsole
@@ -34,7 +34,7 @@ class Console:
         self._first = self._step = self._shown = step
         self._steps = steps
         self._began = time.monotonic()
-        self._recent = np.empty(0)
+        self._recent = self._unsaid = np.empty(0)
         if self._console.is_terminal:
             self._bar = _make_bar(self._console)
             self._task = self._bar.add_task("", total=steps, completed=step, loss="", rate="")
@@ -42,21 +42,21 @@ class Console:
 
     def update(self, losses: np.ndarray) -> None:
         self._step += len(losses)
-        self._recent = np.concatenate([self._recent, losses])
+        self._recent = np.concatenate([self._recent, losses])[-200:]
+        self._unsaid = np.concatenate([self._unsaid, losses])
+        tenth = -(-self._steps // 10)
+        while (due := min((self._shown // tenth + 1) * tenth, self._steps)) <= self._step > self._shown:
+            said, self._unsaid = np.split(self._unsaid, [due - self._shown])
+            self._console.print(f"step {due:,}/{self._steps:,}: loss {said.mean():.4f}")
+            self._shown = due
         if self._bar is not None:
-            self._recent = self._recent[-200:]
+            rate = self._rate()
             self._bar.update(
                 self._task,
                 completed=self._step,
                 loss=f"loss {self._recent.mean():.4f}",
-                rate=f"{(rate := self._rate()):,.{0 if rate >= 10 else 2}f} steps/s",
+                rate=f"{rate:,.{0 if rate >= 10 else 2}f} steps/s",
             )
-            return
-        tenth = -(-self._steps // 10)
-        while (due := min((self._shown // tenth + 1) * tenth, self._steps)) <= self._step > self._shown:
-            shown, self._recent = np.split(self._recent, [due - self._shown])
-            self._console.print(f"step {due:,}/{self._steps:,}: loss {shown.mean():.4f}")
-            self._shown = due
 
     def finish(self) -> None:
         if self._bar is not None:
