@@ -22,6 +22,20 @@ from tapeless.ops.cpu import loss as cpu_loss
 CONFIGS = {
     "microgpt": PRESETS["microgpt"],
     "esp32gpt-rms": PRESETS["esp32gpt-rms"],
+    "flashmicrogpt": PRESETS["flashmicrogpt"],
+    "flash-four-streams": GPTConfig(
+        vocab_size=13,
+        block_size=7,
+        n_layer=2,
+        n_head=2,
+        n_embd=12,
+        norm_gain=True,
+        norm_embed=True,
+        attention="flash",
+        attention_tile=3,
+        residual="mhc",
+        n_streams=4,
+    ),
     "no-norm": GPTConfig(
         vocab_size=11,
         block_size=6,
@@ -98,8 +112,12 @@ def test_loss_logits_and_gradients(pair, name):
         if cpu.config.activation == "relu" and np.abs(exact.engine.a.u[:, :n]).min() < 1e-5:
             return
         compared.append(1)
+        # Where the terms of a gradient cancel (a scale before a norm), float32 leaves their rounding:
+        # NumPy in float32 comes to 2.4e-7 of the whole here.
+        noise = 5e-7 * np.linalg.norm(exact.engine.grads)
         for tensor, g in cpu.grads.items():
-            assert relative(g, exact.grads[tensor]) <= 1e-4, tensor
+            apart = np.linalg.norm(g - exact.grads[tensor])
+            assert apart <= 1e-4 * np.linalg.norm(exact.grads[tensor]) + noise, tensor
 
     compared = []
     check()

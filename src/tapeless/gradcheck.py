@@ -27,9 +27,9 @@ LOSS_TOLERANCE = 1e-5
 STEPS = (1e-3, 1e-4, 1e-5)
 # Losses are of order 1 and carry rounding of about 1e-15; over a step of 1e-3 that is 1e-12 in D.
 FLOOR = 2e-6
-# A tensor whose gradient (nearly) vanishes has no relative norm to speak of in float32: it may
-# differ by this part of the norm of all gradients together.
-WHOLE_FLOOR = 1e-7
+# Where a tensor's terms cancel (a scale before a norm, say), float32 leaves their rounding: a tensor
+# may differ by this part of the norm of all gradients together.
+WHOLE_FLOOR = 5e-7
 
 
 @dataclass(frozen=True)
