@@ -285,13 +285,16 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, code: bytes) -> None:
     """Write aside, then rename, so that two processes cannot disturb each other."""
+    aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            aside = file.name
             file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
-    except OSError:
-        pass  # no place to keep it: the next process compiles again
+        os.replace(aside, path)
+    except OSError:  # no place to keep it: the next process compiles again
+        if aside is not None:
+            Path(aside).unlink(missing_ok=True)
 
 
 _ENGINES: list[Any] = []  # LLVM execution engines own the code; they live as long as the process
