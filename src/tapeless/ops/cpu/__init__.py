@@ -12,18 +12,20 @@ from types import SimpleNamespace
 from typing import Any
 
 from tapeless.ops import reference
-from tapeless.ops.cpu import activation, attention, embed, linear, loss, mhc, norm, optim
+from tapeless.ops.cpu import activation, attention, elementary, embed, linear, loss, mhc, norm, optim
 from tapeless.ops.cpu.native import jit
 
 
 @cache
 def make_ops() -> Any:
     """Every op, compiled on first use."""
+    elementary.register()
     functions = {
         name: function
-        for module in (activation, attention, embed, linear, loss, mhc, norm, optim)
+        for module in (activation, attention, embed, loss, mhc, norm, optim)
         for name, function in vars(module).items()
-        if callable(function) and not name.startswith("_")
+        if callable(function) and function.__module__ == module.__name__
     }
+    functions |= linear.make_ops()
     functions["pack"] = reference.pack  # plain loops already
     return SimpleNamespace(**{name: jit(function) for name, function in functions.items()})

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tapeless.ops.cpu.elementary import tanh
 from tapeless.ops.reference import GELU_CUBIC, GELU_SCALE
 
 _f32 = np.float32
@@ -24,15 +25,15 @@ def gelu_forward(v, u, n):
     for t in range(n):
         for f in range(u.shape[1]):
             z = u[t, f]
-            v[t, f] = _f32(0.5) * z * (_f32(1) + np.tanh(_SCALE * (z + _CUBIC * z * z * z)))
+            v[t, f] = _f32(0.5) * z * (_f32(1) + tanh(_SCALE * (z + _CUBIC * z * z * z)))
 
 
 def gelu_backward(du, dv, u, n):
     for t in range(n):
         for f in range(u.shape[1]):
             z = u[t, f]
-            tanh = np.tanh(_SCALE * (z + _CUBIC * z * z * z))
+            h = tanh(_SCALE * (z + _CUBIC * z * z * z))
             slope = _SCALE * (_f32(1) + _f32(3) * _CUBIC * z * z)
-            left = _f32(0.5) * (_f32(1) + tanh)
-            right = _f32(0.5) * z * (_f32(1) - tanh * tanh) * slope
+            left = _f32(0.5) * (_f32(1) + h)
+            right = _f32(0.5) * z * (_f32(1) - h * h) * slope
             du[t, f] = dv[t, f] * (left + right)

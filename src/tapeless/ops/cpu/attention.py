@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tapeless.ops.cpu.elementary import exp
+
 _f32 = np.float32
 
 
@@ -23,7 +25,7 @@ def attention_forward(out, probs, qkv, starts, sizes):
                     top = max(top, score)
                 total = _f32(0)
                 for j in range(t - first + 1):
-                    e = np.exp(probs[t, h, j] - top)
+                    e = exp(probs[t, h, j] - top)
                     probs[t, h, j] = e
                     total += e
                 for c in range(h * K, (h + 1) * K):
@@ -84,13 +86,13 @@ def flash_attention_forward(out, lse, row, qkv, starts, sizes, tile):
                         score *= scale
                         row[j - begin] = score
                         new_top = max(new_top, score)
-                    shrink = np.exp(top - new_top)
+                    shrink = exp(top - new_top)
                     top = new_top
                     total *= shrink
                     for c in range(h * K, (h + 1) * K):
                         out[t, c] *= shrink
                     for j in range(begin, end):
-                        e = np.exp(row[j - begin] - top)
+                        e = exp(row[j - begin] - top)
                         total += e
                         for c in range(h * K, (h + 1) * K):
                             out[t, c] += e * qkv[j, 2 * C + c]
@@ -119,7 +121,7 @@ def flash_attention_backward(dqkv, dout, out, lse, qkv, starts, sizes, tile):
                     for c in range(h * K, (h + 1) * K):
                         score += qkv[t, c] * qkv[j, C + c]
                         dp += dout[t, c] * qkv[j, 2 * C + c]
-                    p = np.exp(score * scale - lse[t, h])
+                    p = exp(score * scale - lse[t, h])
                     # With one key the softmax is constant; dp and along may round differently.
                     ds = p * (dp - along) * scale if t > first else _f32(0)
                     for c in range(h * K, (h + 1) * K):
@@ -146,7 +148,7 @@ def attention_decode(out, cache, qkv, positions):
                 score += qkv[0, h * K + c] * cache[j, 0, h, c]
             score *= scale
             new_top = max(top, score)
-            shrink, e = np.exp(top - new_top), np.exp(score - new_top)
+            shrink, e = exp(top - new_top), exp(score - new_top)
             total = total * shrink + e
             for c in range(K):
                 out[0, h * K + c] = out[0, h * K + c] * shrink + e * cache[j, 1, h, c]

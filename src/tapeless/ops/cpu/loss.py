@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tapeless.ops.cpu.elementary import exp
+
 _f32 = np.float32
 
 
@@ -13,7 +15,7 @@ def cross_entropy_forward(loss, lse, logits, targets, weights, n):
             top = max(top, logits[t, v])
         total = _f32(0)
         for v in range(logits.shape[1]):
-            total += np.exp(logits[t, v] - top)
+            total += exp(logits[t, v] - top)
         lse[t] = top + np.log(total)
         loss[t] = lse[t] - logits[t, targets[t]]
         mean += weights[t] * loss[t]
@@ -23,7 +25,7 @@ def cross_entropy_forward(loss, lse, logits, targets, weights, n):
 def cross_entropy_backward(dlogits, logits, lse, targets, weights, n):
     for t in range(n):
         for v in range(logits.shape[1]):
-            dlogits[t, v] = weights[t] * np.exp(logits[t, v] - lse[t])
+            dlogits[t, v] = weights[t] * exp(logits[t, v] - lse[t])
         dlogits[t, targets[t]] -= weights[t]
 
 

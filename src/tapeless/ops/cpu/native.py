@@ -96,8 +96,9 @@ def _symbols(groups: Sequence[Group]) -> list[str]:
 # ---------------------------------------------------------------- compiling
 
 
-def jit(function: Callable, **options: Any) -> Any:
-    """`function` as a Numba function that other compiled functions may call."""
+def jit(function: Callable, *, forceinline: bool = True, **options: Any) -> Any:
+    """`function` as a Numba function that other compiled functions may call. It becomes part of its
+    callers, where shapes are constants, unless `forceinline` is off."""
     import numba
 
     njit: Any = numba.njit  # some of these options are not in its type stub
@@ -105,7 +106,7 @@ def jit(function: Callable, **options: Any) -> Any:
         fastmath=FASTMATH,
         error_model="numpy",
         _nrt=False,
-        forceinline=True,
+        forceinline=forceinline,
         no_cpython_wrapper=True,
         no_cfunc_wrapper=True,
         **options,
