@@ -29,8 +29,22 @@ from tapeless.layout import Tensor, view_class
 # Reordering sums is allowed, forgetting that NaN and infinity exist is not.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
-# What compiled code may call: the C library's mathematics, which every process has.
-LIBRARY = {"exp", "expf", "log", "logf", "tanh", "tanhf", "sqrt", "sqrtf", "memset", "memcpy", "memmove"}
+# What compiled code may call: the C library's mathematics, which every process has, and the routines.
+LIBRARY = {
+    "tapeless_product",
+    "tapeless_transpose",
+    "exp",
+    "expf",
+    "log",
+    "logf",
+    "tanh",
+    "tanhf",
+    "sqrt",
+    "sqrtf",
+    "memset",
+    "memcpy",
+    "memmove",
+}
 
 
 class Group(NamedTuple):
@@ -52,13 +66,14 @@ class Program:
     ):
         self._groups = groups
         self._symbols = _symbols(groups)
-        path = cache_folder() / f"{_digest(key)}.o"
-        code = _read(path)
-        if code is None:
+
+        def compile_it() -> bytes:
             notice()
-            code = compile_object(groups, build())
-            _write(path, code)
-        self._call = _load(code)
+            return compile_object(groups, build())
+
+        link_routines()
+        address = _load(_cached(key, compile_it), "tapeless_entry")
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
         self._last: tuple[Any, np.ndarray] | None = None
 
     def __call__(self, *arguments: Any) -> None:
@@ -114,27 +129,33 @@ def jit(function: Callable, *, forceinline: bool = True, **options: Any) -> Any:
 
 
 def compile_object(groups: Sequence[Group], function: Callable) -> bytes:
-    """The object code of `tapeless_entry(table) -> int64`, which calls `function` on the table's groups."""
-    import numba
-
+    """The object code of `tapeless_entry(table)`, which calls `function` on the table's groups."""
     bind = _binding(groups)
 
     def entry(table):
         function(bind(table))
-        return 0
 
-    dispatcher = jit(entry)
-    dispatcher.compile((numba.int64,))
-    compiled = dispatcher.overloads[numba.int64,]
+    return _emit(entry, "tapeless_entry", 1)
+
+
+def _emit(function: Callable, name: str, arguments: int) -> bytes:
+    """The object code of a C function of this name that calls `function` with int64 arguments."""
+    import numba
+
+    dispatcher = jit(function)
+    signature = (numba.int64,) * arguments
+    dispatcher.compile(signature)
+    compiled = dispatcher.overloads[signature]
     # Numba's own C wrapper calls back into Python to report errors. This code has none to report.
+    parameters = ", ".join(f"i64 %a{i}" for i in range(arguments))
     ir = (
         compiled.library.get_llvm_str()
         + f"""
-        define i64 @tapeless_entry(i64 %table) {{
-            %result = alloca i64
+        define void @{name}({parameters}) {{
+            %result = alloca ptr
             %error = alloca ptr
-            call i32 @{compiled.fndesc.mangled_name}(ptr %result, ptr %error, i64 %table)
-            ret i64 0
+            call i32 @{compiled.fndesc.mangled_name}(ptr %result, ptr %error, {parameters})
+            ret void
         }}
     """
     )
@@ -143,6 +164,21 @@ def compile_object(groups: Sequence[Group], function: Callable) -> bytes:
     if strange := sorted(name for name in outside if name not in LIBRARY):
         raise RuntimeError(f"compiled code calls {', '.join(strange)}, which another process will not have")
     return _target_machine().emit_object(module)
+
+
+@cache
+def link_routines() -> None:
+    """Make the routines that programs call known to LLVM: compiled once for all programs, and all
+    processes."""
+    from tapeless.ops.cpu.product import ROUTINES, make_routine
+
+    for name, arguments in ROUTINES.items():
+        symbol = f"tapeless_{name}"
+
+        def compile_it(name: str = name, symbol: str = symbol, arguments: int = arguments) -> bytes:
+            return _emit(make_routine(name), symbol, arguments)
+
+        llvm.add_symbol(symbol, _load(_cached(f"routine {name}", compile_it), symbol))
 
 
 def _binding(groups: Sequence[Group]) -> Any:
@@ -274,6 +310,16 @@ def _digest(key: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def _cached(key: str, make: Callable[[], bytes]) -> bytes:
+    """The object code kept under this key, made and kept if it is not there."""
+    path = cache_folder() / f"{_digest(key)}.o"
+    code = _read(path)
+    if code is None:
+        code = make()
+        _write(path, code)
+    return code
+
+
 def _read(path: Path) -> bytes | None:
     """The object code in a cache file, or None if it is not there or not whole."""
     try:
@@ -301,10 +347,10 @@ def _write(path: Path, code: bytes) -> None:
 _ENGINES: list[Any] = []  # LLVM execution engines own the code; they live as long as the process
 
 
-def _load(code: bytes) -> Callable[[int], int]:
+def _load(code: bytes, symbol: str) -> int:
+    """The address of a function of this object code."""
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _ENGINES.append(engine)
-    address = engine.get_function_address("tapeless_entry")
-    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address)
+    return engine.get_function_address(symbol)

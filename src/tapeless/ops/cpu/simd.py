@@ -15,7 +15,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np import arrayobj
 
 from tapeless.ops.cpu.native import processor
 
@@ -33,8 +32,8 @@ def _const(n: int) -> ir.Constant:
     return ir.Constant(_I64, n)
 
 
-def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    return arrayobj.make_array(kind)(context, builder, array).data
+def _floats(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, _F32.as_pointer())
 
 
 def _vector_at(builder: Any, data: Any, index: Any) -> Any:
@@ -51,8 +50,8 @@ def _splat(builder: Any, scalar: Any) -> Any:
 def tile(rows: int, vecs: int) -> Any:
     """An intrinsic: the register tile  y[r, c] (+)= Σ_i x[r, i]·w[i, c]  of `rows` rows and `vecs` vectors.
 
-    tile(y, at, ldy, x, from, step_row, step_i, w, column, ldw, k, shift, add): `at`, `from` and
-    `column` are the indices of the tile's first elements in the flat arrays; x is read at
+    tile(y, at, ldy, x, from, step_row, step_i, w, column, ldw, k, shift, add): y, x and w are
+    addresses; `at`, `from` and `column` the indices of the tile's first elements from there; x is read at
     from + r·step_row + i·step_i, so that xᵀ does as well. The last vector lies `shift` to the left
     of where it would follow, to end with the row; what it shares with the one before is computed
     twice and stored alike. `add` begins from y instead of from zero. k ≥ 1.
@@ -61,7 +60,7 @@ def tile(rows: int, vecs: int) -> Any:
     @intrinsic
     def kernel(typing_context, y, at, ldy, x, first, step_row, step_i, w, column, ldw, k, shift, add):
         def codegen(context, builder, signature, args):
-            ydata, xdata, wdata = (_data(context, builder, signature.args[i], args[i]) for i in (0, 3, 7))
+            ydata, xdata, wdata = (_floats(builder, args[i]) for i in (0, 3, 7))
             _, at, ldy, _, first, step_row, step_i, _, column, ldw, k, shift, add = args
             fma = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(_VEC, [_VEC] * 3), f"llvm.fma.v{LANES}f32"
@@ -115,20 +114,20 @@ def tile(rows: int, vecs: int) -> Any:
             return context.get_dummy_value()
 
         n = types.int64
-        return types.void(y, n, n, x, n, n, n, w, n, n, n, n, n), codegen
+        return types.void(*[n] * 13), codegen
 
     return kernel
 
 
 @intrinsic
 def transpose_block(typing_context, y, at, ldy, x, first, ldx):
-    """y[c, r] = x[r, c] for a block of LANES × LANES, from and to these indices of the flat arrays.
+    """y[c, r] = x[r, c] for a block of LANES × LANES, from and to these indices after the addresses x and y.
 
     log₂ LANES rounds of interleaving rows r and r + LANES/2.
     """
 
     def codegen(context, builder, signature, args):
-        ydata, xdata = (_data(context, builder, signature.args[i], args[i]) for i in (0, 3))
+        ydata, xdata = (_floats(builder, args[i]) for i in (0, 3))
         _, at, ldy, _, first, ldx = args
         rows = [
             builder.load(_vector_at(builder, xdata, builder.add(first, builder.mul(ldx, _const(r)))), align=4)
@@ -150,4 +149,18 @@ def transpose_block(typing_context, y, at, ldy, x, first, ldx):
         return context.get_dummy_value()
 
     n = types.int64
-    return types.void(y, n, n, x, n, n), codegen
+    return types.void(*[n] * 6), codegen
+
+
+@intrinsic
+def copy_one(typing_context, y, at, x, first):
+    """y[at] = x[first], counted from the addresses y and x."""
+
+    def codegen(context, builder, signature, args):
+        y, at, x, first = args
+        value = builder.load(builder.gep(_floats(builder, x), [first]))
+        builder.store(value, builder.gep(_floats(builder, y), [at]))
+        return context.get_dummy_value()
+
+    n = types.int64
+    return types.void(n, n, n, n), codegen
