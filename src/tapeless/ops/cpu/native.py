@@ -178,7 +178,7 @@ def link_routines() -> None:
         def compile_it(name: str = name, symbol: str = symbol, arguments: int = arguments) -> bytes:
             return _emit(make_routine(name), symbol, arguments)
 
-        llvm.add_symbol(symbol, _load(_cached(f"routine {name}", compile_it), symbol))
+        llvm.add_symbol(symbol, _load(_cached(f"routine-{name}", compile_it), symbol))
 
 
 def _binding(groups: Sequence[Group]) -> Any:
@@ -311,8 +311,9 @@ def _digest(key: str) -> str:
 
 
 def _cached(key: str, make: Callable[[], bytes]) -> bytes:
-    """The object code kept under this key, made and kept if it is not there."""
-    path = cache_folder() / f"{_digest(key)}.o"
+    """The object code kept under this key (which begins with a word for the file's name), made and
+    kept if it is not there."""
+    path = cache_folder() / f"{key.split()[0]}-{_digest(key)}.o"
     code = _read(path)
     if code is None:
         code = make()
