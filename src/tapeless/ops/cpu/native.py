@@ -313,7 +313,7 @@ def _digest(key: str) -> str:
 def _cached(key: str, make: Callable[[], bytes]) -> bytes:
     """The object code kept under this key (which begins with a word for the file's name), made and
     kept if it is not there."""
-    path = cache_folder() / f"{key.split()[0]}-{_digest(key)}.o"
+    path = cache_folder() / f"{key.split(maxsplit=1)[0]}-{_digest(key)}.o"
     code = _read(path)
     if code is None:
         code = make()
