@@ -212,22 +212,8 @@ presets: dict[str, Preset] = {
     "shakespeare-char": Preset(
         "a character model of one long text, as nanoGPT's on a CPU",
         _GPT2.replace(vocab_size=None, block_size=64, n_layer=4, n_embd=128, norm_bias=False, bias=False),
-        Training(
-            steps=2000,
-            batch_size=12,
-            lr=1e-3,
-            schedule="cosine",
-            min_lr=1e-4,
-            warmup_steps=100,
-            optimiser="adamw",
-            beta1=0.9,
-            beta2=0.99,
-            weight_decay=0.1,
-            grad_clip=1.0,
-            order="windows",
-            samples=2,
-            temperature=0.8,
-            max_tokens=300,
+        dataclasses.replace(
+            _GPT2_TRAINING, steps=2000, batch_size=12, lr=1e-3, min_lr=1e-4, beta2=0.99, max_tokens=300
         ),
         tokenizer="text",
     ),

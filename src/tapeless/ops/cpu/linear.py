@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tapeless.ops.cpu.native import jit
 from tapeless.ops.cpu.product import make_products
 
 _f32 = np.float32
@@ -19,72 +20,68 @@ def make_ops() -> dict[str, Callable]:
 
     product, transpose = make_products()
 
-    def linear_forward(y, x, w, b, n):
+    @jit
+    def multiply(y, x, w, n, add):
+        """y = x·w, or y += x·w."""
         I, O = w.shape
         if O >= LANES:
-            if b.size:
-                for t in range(n):
-                    for o in range(O):
-                        y[t, o] = b[o]
-            product(y, O, x, w, O, n, O, I, I, 1, 1 if b.size else 0)
+            product(y, O, x, w, O, n, O, I, I, 1, add)
         else:
             for t in range(n):
                 for o in range(O):
-                    y[t, o] = b[o] if b.size else _f32(0)
+                    y[t, o] = y[t, o] if add else _f32(0)
                 for i in range(I):
                     for o in range(O):
                         y[t, o] += x[t, i] * w[i, o]
 
-    def linear_backward(dx, dw, db, turned, dy, x, w, n):
+    @jit
+    def multiply_turned(y, turned, x, w, n):
+        """y = x·wᵀ"""
         I, O = w.shape
-        if I >= LANES:
+        if I >= LANES and n > FEW:
             transpose(turned, w, I, O)
-            product(dx, I, dy, turned, I, n, I, O, O, 1, 0)
+            product(y, I, x, turned, I, n, I, O, O, 1, 0)
         else:
             for t in range(n):
                 for i in range(I):
                     total = _f32(0)
                     for o in range(O):
-                        total += dy[t, o] * w[i, o]
-                    dx[t, i] = total
+                        total += x[t, o] * w[i, o]
+                    y[t, i] = total
+
+    @jit
+    def add_outer(w, x, y, n):
+        """w += xᵀ·y"""
+        I, O = w.shape
         if O >= LANES:
-            product(dw, O, x, dy, O, I, O, n, 1, I, 1)
+            product(w, O, x, y, O, I, O, n, 1, I, 1)
         else:
             for i in range(I):
                 for t in range(n):
                     for o in range(O):
-                        dw[i, o] += x[t, i] * dy[t, o]
+                        w[i, o] += x[t, i] * y[t, o]
+
+    def linear_forward(y, x, w, b, n):
+        if b.size:
+            for t in range(n):
+                for o in range(w.shape[1]):
+                    y[t, o] = b[o]
+        multiply(y, x, w, n, 1 if b.size else 0)
+
+    def linear_backward(dx, dw, db, turned, dy, x, w, n):
+        multiply_turned(dx, turned, dy, w, n)
+        add_outer(dw, x, dy, n)
         if db.size:
             for t in range(n):
-                for o in range(O):
+                for o in range(w.shape[1]):
                     db[o] += dy[t, o]
 
     def tied_head_forward(logits, turned, x, wte, n):
-        V, C = wte.shape
-        if V >= LANES and n > FEW:
-            transpose(turned, wte, V, C)
-            product(logits, V, x, turned, V, n, V, C, C, 1, 0)
-        else:
-            for t in range(n):
-                for v in range(V):
-                    total = _f32(0)
-                    for c in range(C):
-                        total += x[t, c] * wte[v, c]
-                    logits[t, v] = total
+        multiply_turned(logits, turned, x, wte, n)
 
     def tied_head_backward(dx, dwte, dlogits, x, wte, n):
-        V, C = wte.shape
-        if C >= LANES:
-            product(dx, C, dlogits, wte, C, n, C, V, V, 1, 0)
-            product(dwte, C, dlogits, x, C, V, C, n, 1, V, 1)
-        else:
-            for t in range(n):
-                for c in range(C):
-                    dx[t, c] = 0
-                for v in range(V):
-                    for c in range(C):
-                        dx[t, c] += dlogits[t, v] * wte[v, c]
-                        dwte[v, c] += dlogits[t, v] * x[t, c]
+        multiply(dx, dlogits, wte, n, 0)
+        add_outer(dwte, dlogits, x, n)
 
     return {
         "linear_forward": linear_forward,

@@ -3,7 +3,7 @@
 Numba compiles a program once; its object code is kept in a cache folder, and every later process
 loads that through llvmlite alone, without importing Numba. A program takes one argument, the
 address of a table of int64: first the symbolic sizes (N, D, …), then the address of each tensor.
-`binding` turns the table back into NamedTuples of arrays inside the compiled code, so shapes are
+`_binding` turns the table back into NamedTuples of arrays inside the compiled code, so shapes are
 compile-time constants wherever the config fixes them, and nothing is reference-counted: the code is
 compiled without Numba's runtime and could not allocate if it wanted to.
 """
@@ -111,9 +111,9 @@ def _symbols(groups: Sequence[Group]) -> list[str]:
 # ---------------------------------------------------------------- compiling
 
 
-def jit(function: Callable, *, forceinline: bool = True, **options: Any) -> Any:
-    """`function` as a Numba function that other compiled functions may call. It becomes part of its
-    callers, where shapes are constants, unless `forceinline` is off."""
+def jit(function: Callable, **options: Any) -> Any:
+    """`function` as a Numba function that other compiled functions may call; it becomes part of its
+    callers, where shapes are constants."""
     import numba
 
     njit: Any = numba.njit  # some of these options are not in its type stub
@@ -121,7 +121,7 @@ def jit(function: Callable, *, forceinline: bool = True, **options: Any) -> Any:
         fastmath=FASTMATH,
         error_model="numpy",
         _nrt=False,
-        forceinline=forceinline,
+        forceinline=True,
         no_cpython_wrapper=True,
         no_cfunc_wrapper=True,
         **options,
