@@ -1,8 +1,9 @@
 """An engine binds a config, its buffers and a set of ops into programs that run.
 
 A program is a loop over the schedule: `gradient` (one batch), `evaluate` (loss and logits), `adamw`
-and `sgd` (many training steps), `generate` (many samples). Each is written once, as a function over groups of views.
-The reference engine calls that function as it is, with NumPy ops; the CPU engine compiles it.
+and `sgd` (many training steps), `generate` (many samples). Each is written once, as a function over
+groups of views. The reference engine calls that function as it is, with NumPy ops; the CPU engine
+compiles it.
 """
 
 from __future__ import annotations
