@@ -7,7 +7,7 @@ state.safetensors    everything needed to go on: parameters, moments, step, rand
 metrics.jsonl        one object a logged step: step (from 1), loss, lr
 samples.txt          texts generated at the end
 
-Every file but `metrics.jsonl` is written aside (as `.NAME.part`), flushed to disk and renamed, so a
+Every file but `metrics.jsonl` is written aside (in `.NAME.part/`), flushed to disk and renamed, so a
 killed process leaves the old file or the new one. `metrics.jsonl` only grows by whole lines; a last
 line without its end is ignored.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,22 +43,23 @@ CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES = FILES = (
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, and rename it into place.
+    """Let `write` fill a file aside, flush it to disk, and rename it into place.
 
     Raises `RunError` if the folder or the disk will not have it.
     """
-    # One name for all attempts: what a killed process left aside is replaced by the next one.
+    # A folder, since libraries write files of their own beside the one they are asked for; one name
+    # for all attempts, so that what a killed process left in it goes with the next one.
     aside = path.with_name(f".{path.name}.part")
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
         try:
-            write(aside)
-            with open(aside, "rb+") as file:
+            write(aside / path.name)
+            with open(aside / path.name, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+            os.replace(aside / path.name, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
