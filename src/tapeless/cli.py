@@ -239,7 +239,7 @@ def budget(
     from rich.console import Console
     from rich.table import Table
 
-    from tapeless.engine import machine_memory
+    from tapeless.engine import effective, machine_memory
     from tapeless.layout import memory, n_params
     from tapeless.presets import get_preset
 
@@ -247,7 +247,7 @@ def budget(
     settings = {} if batch_size is None else {"batch_size": batch_size}
     documents = get_preset(preset).with_settings(settings).training.batch_size
     tokens = documents * config.block_size
-    plans = memory(config, "float32", tokens, documents)
+    plans = memory(effective(config, "cpu"), "float32", tokens, documents)
     table = Table("buffer", box=None)
     table.add_column("bytes", justify="right")
     table.add_column("largest tensors")

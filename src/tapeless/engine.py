@@ -167,11 +167,17 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
     return np.dtype(dtype or ("float32" if name == "cpu" else "float64"))
 
 
+def effective(config: GPTConfig, engine: str) -> GPTConfig:
+    """The config whose buffers and passes an engine really has: the compiled engine runs every attention
+    in its flash form, whose results are the same and which keeps and moves less."""
+    return config.replace(attention="flash") if engine == "cpu" else config
+
+
 def check_memory(config: GPTConfig, engine: str, dtype: str | None, batch_size: int) -> None:
     """Raise `ConfigError` if training with this batch size, or with 0 just holding a model and its
     gradients, needs more memory than the machine has."""
     tokens = batch_size * config.block_size
-    plans = memory(config, check_engine(engine, dtype), tokens, batch_size)
+    plans = memory(effective(config, engine), check_engine(engine, dtype), tokens, batch_size)
     if batch_size == 0:
         plans = {name: plans[name] for name in ("parameters", "gradients")}
     needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
@@ -199,6 +205,7 @@ class Engine:
 
     def __init__(self, config: GPTConfig, name: str = "cpu", dtype: str | None = None):
         self.config = config
+        self._runs = effective(config, name)
         self.name = name
         self.dtype = check_engine(name, dtype)
         self.notice: Callable[[], None] = lambda: None  # called before something is compiled
@@ -222,8 +229,8 @@ class Engine:
         self.a, self.d, self.batch = (
             self._views(name, tensors, {"N": n, "D": d})
             for name, tensors in (
-                ("a", activations(self.config)),
-                ("d", activation_grads(self.config)),
+                ("a", activations(self._runs)),
+                ("d", activation_grads(self._runs)),
                 ("batch", BATCH),
             )
         )
@@ -251,7 +258,7 @@ class Engine:
     @cached_property
     def _decoding(self) -> tuple[Any, Any]:
         return (
-            self._views("c", decoding(self.config)),
+            self._views("c", decoding(self._runs)),
             self._views("batch", BATCH, {"N": 1, "D": 1}),
         )
 
@@ -272,7 +279,7 @@ class Engine:
 
                 self._programs[name] = native.Program(
                     [native.Group(a, self._tensors(a)) for a in arguments],
-                    key=f"{name} {self.config!r}",
+                    key=f"{name} {self._runs!r}",
                     build=lambda: self._build(make),
                     notice=self.notice,
                 )
@@ -281,17 +288,17 @@ class Engine:
     def _build(self, make: Callable) -> Callable:
         from tapeless.ops import cpu
 
-        ops = cpu.make_ops()
-        schedule = Schedule(*(cpu.jit(f, inline="always") for f in make_schedule(self.config, ops)))
+        ops = cpu.make_ops(self._runs)
+        schedule = Schedule(*(cpu.jit(f, inline="always") for f in make_schedule(self._runs, ops)))
         return cpu.jit(make(schedule, ops, self.config.block_size), inline="always")
 
     def _tensors(self, argument: str) -> tuple[Tensor, ...]:
         return {
             "p": parameters(self.config),
             "g": parameters(self.config),
-            "a": activations(self.config),
-            "d": activation_grads(self.config),
-            "c": decoding(self.config),
+            "a": activations(self._runs),
+            "d": activation_grads(self._runs),
+            "c": decoding(self._runs),
             "batch": BATCH,
             "flat": _FLAT,
             "result": _RESULT,

@@ -80,10 +80,27 @@ def parameters(config: GPTConfig) -> tuple[Tensor, ...]:
     )
 
 
+# Queries in a tile of attention: whole vectors on every processor.
+ATTENTION_QUERIES = 16
+
+
+def attention_keys(block_size: int) -> int:
+    """Keys in a tile of attention's backward pass."""
+    return min(64, -(-block_size // ATTENTION_QUERIES) * ATTENTION_QUERIES)
+
+
+def attention_scratch(config: GPTConfig) -> tuple[int, int]:
+    """Numbers that attention works with, forward and backward: one head's keys and values, transposed
+    or padded, a tile of scores, and a tile's results."""
+    Q, K = ATTENTION_QUERIES, attention_keys(config.block_size)
+    room, width = (-(-n // Q) * Q for n in (config.block_size, config.head_dim))
+    return (2 * width + Q) * room + Q * width, (5 * K + 3 * Q) * width + 2 * Q * K
+
+
 @cache
 def activations(config: GPTConfig) -> tuple[Tensor, ...]:
     """What the forward pass keeps for the backward pass, and its scratch: `f`, what a sublayer adds to
-    the residual stream, `row`, the scores of one query, and `turned`, a transposed matrix."""
+    the residual stream, `scratch`, for attention, and `turned`, a transposed matrix."""
     c = config
     V, C, T, L, F, H = c.vocab, c.n_embd, c.block_size, c.n_layer, c.n_hidden, c.n_head
 
@@ -124,7 +141,7 @@ def activations(config: GPTConfig) -> tuple[Tensor, ...]:
         Tensor("f", (0,) if mhc else (N, C)),
         Tensor("out", (N, C) if mhc else (0,)),
         *norm("f", c.norm_final, N),
-        Tensor("row", (T,)),
+        Tensor("scratch", (attention_scratch(c)[0],)),
         Tensor("turned", (V * C if c.tied else 0,)),
         Tensor("logits", (N, V)),
         Tensor("logits_lse", (N,)),
@@ -149,7 +166,8 @@ def activation_grads(config: GPTConfig) -> tuple[Tensor, ...]:
         Tensor("h", rows),
         Tensor("qkv", (N, 3 * c.n_embd)),
         Tensor("turned", (c.n_embd * max(3 * c.n_embd, c.n_hidden, 0 if c.tied else c.vocab),)),
-        Tensor("row", (max(c.block_size, S),)),  # scratch: the scores of a query, a number per stream
+        Tensor("row", (S if mhc else 0,)),  # a number per stream
+        Tensor("scratch", (attention_scratch(c)[1],)),
         Tensor("att", (N, c.n_embd)),
         Tensor("u", (N, c.n_hidden)),
         Tensor("v", (N, c.n_hidden)),

@@ -51,8 +51,8 @@ def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callabl
     embed_forward, linear_forward, add_forward = ops.embed_forward, ops.linear_forward, ops.add_forward
     norm_forward = ops.layernorm_forward if config.norm == "layer" else ops.rmsnorm_forward
     activation_forward = ops.gelu_forward if config.activation == "gelu" else ops.relu_forward
-    attention_forward, attention_decode = ops.attention_forward, ops.attention_decode
-    flash_attention_forward = ops.flash_attention_forward
+    attention_forward = ops.flash_attention_forward if flash else ops.attention_forward
+    attention_decode = ops.attention_decode
     tied_head_forward, cross_entropy_forward = ops.tied_head_forward, ops.cross_entropy_forward
     matrix_forward = ops.sigmoid_matrix_forward if config.n_streams == 2 else ops.sinkhorn_forward
     mhc_expand_forward, mhc_mix_forward = ops.mhc_expand_forward, ops.mhc_mix_forward
@@ -79,9 +79,9 @@ def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callabl
             h1 = a.h1[l] if norm_attn else x
             linear_forward(a.qkv[l], h1, p.wqkv[l], p.bqkv[l], n)
             if decoding:
-                attention_decode(a.att[l], a.cache[l], a.qkv[l], batch.positions)
+                attention_decode(a.att[l], a.cache[l], a.scratch, a.qkv[l], batch.positions)
             elif flash:
-                flash_attention_forward(a.att[l], a.lse[l], a.row, a.qkv[l], batch.starts, batch.sizes, tile)
+                attention_forward(a.att[l], a.lse[l], a.scratch, a.qkv[l], batch.starts, batch.sizes, tile)
             else:
                 attention_forward(a.att[l], a.probs[l], a.qkv[l], batch.starts, batch.sizes)
             f1 = a.f1[l] if mhc else a.f
@@ -136,7 +136,7 @@ def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
     zero, accumulate = ops.zero, ops.accumulate
     norm_backward = ops.layernorm_backward if config.norm == "layer" else ops.rmsnorm_backward
     activation_backward = ops.gelu_backward if config.activation == "gelu" else ops.relu_backward
-    attention_backward, flash_attention_backward = ops.attention_backward, ops.flash_attention_backward
+    attention_backward = ops.flash_attention_backward if flash else ops.attention_backward
     tied_head_backward, cross_entropy_backward = ops.tied_head_backward, ops.cross_entropy_backward
     matrix_backward = ops.sigmoid_matrix_backward if config.n_streams == 2 else ops.sinkhorn_backward
     mhc_expand_backward, mhc_mix_backward = ops.mhc_expand_backward, ops.mhc_mix_backward
@@ -186,11 +186,11 @@ def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
             h1 = a.h1[l] if norm_attn else x
             linear_backward(d.att, g.wo[l], g.bo[l], d.turned, df, a.att[l], p.wo[l], n)
             if flash:
-                flash_attention_backward(
-                    d.qkv, d.att, a.att[l], a.lse[l], a.qkv[l], batch.starts, batch.sizes, tile
+                attention_backward(
+                    d.qkv, d.scratch, d.att, a.att[l], a.lse[l], a.qkv[l], batch.starts, batch.sizes, tile
                 )
             else:
-                attention_backward(d.qkv, d.row, d.att, a.probs[l], a.qkv[l], batch.starts, batch.sizes)
+                attention_backward(d.qkv, d.att, a.probs[l], a.qkv[l], batch.starts, batch.sizes)
             linear_backward(d.h, g.wqkv[l], g.bqkv[l], d.turned, d.qkv, h1, p.wqkv[l], n)
             if norm_attn:
                 mean, rstd = a.mean1[l], a.rstd1[l]

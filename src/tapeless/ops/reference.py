@@ -233,12 +233,12 @@ def attention_forward(out, probs, qkv, starts, sizes):
         out[first:end] = (P @ v).transpose(1, 0, 2).reshape(length, -1)
 
 
-def attention_backward(dqkv, row, dout, probs, qkv, starts, sizes):
+def attention_backward(dqkv, dout, probs, qkv, starts, sizes):
     """dv = Pᵀ·dout,  dP = dout·vᵀ,  dS = P∘(dP − Σ_s P∘dP),  dq = dS·k/√K,  dk = dSᵀ·q/√K.
 
     A key and a value are read by every later position of the document, so dk and dv are sums over
     those (the transposed products). The softmax Jacobian is diag(P) − P·Pᵀ; with one key P = 1 and
-    dS is exactly zero. `row` [T] is scratch for engines that go query by query (not used here).
+    dS is exactly zero.
     """
     H = probs.shape[1]
     for first, end in documents(starts, sizes):
@@ -255,7 +255,7 @@ def attention_backward(dqkv, row, dout, probs, qkv, starts, sizes):
         dk[:] = dS.transpose(0, 2, 1) @ q
 
 
-def flash_attention_forward(out, lse, row, qkv, starts, sizes, tile):
+def flash_attention_forward(out, lse, scratch, qkv, starts, sizes, tile):
     """The same attention, tile by tile; keeps only the log-sum-exp of each query's scores.
 
     For tiles of queries, over tiles of keys, with a running maximum m, sum l and result o:
@@ -263,7 +263,7 @@ def flash_attention_forward(out, lse, row, qkv, starts, sizes, tile):
         m' = max(m, max_s S_s),  l' = l·e^(m−m') + Σ_s e^(S_s−m'),  o' = o·e^(m−m') + Σ_s e^(S_s−m')·v_s
 
     At the end out = o/l and lse = m + log l.  lse [N, H]; other shapes as in `attention_forward`;
-    `row` [T] is scratch for engines that go query by query (not used here).
+    `scratch` is for engines that transpose keys (not used here).
     Dao et al. 2022, "FlashAttention", arXiv:2205.14135, algorithm 1; lse: Dao 2023, arXiv:2307.08691.
     """
     H = lse.shape[1]
@@ -289,7 +289,7 @@ def flash_attention_forward(out, lse, row, qkv, starts, sizes, tile):
             lse[rows] = (m + np.log(l)).T
 
 
-def flash_attention_backward(dqkv, dout, out, lse, qkv, starts, sizes, tile):
+def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, starts, sizes, tile):
     """Recomputes P = exp(S − lse) tile by tile, then as in `attention_backward`.
 
     The sum in the softmax Jacobian needs no P: Σ_s P_s·dP_s = Σ_s P_s·(dout·v_s) = dout·out (= D
@@ -327,7 +327,7 @@ def masked_scores(q, k, queries, keys):
     return S
 
 
-def attention_decode(out, cache, qkv, positions):
+def attention_decode(out, cache, scratch, qkv, positions):
     """One query against the keys and values so far; stores its own first.
 
     cache [T, 2, H, K]: keys and values of positions 0 … t;  qkv [1, 3C];  out [1, C].

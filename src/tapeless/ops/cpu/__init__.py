@@ -7,25 +7,29 @@ constants by then.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
+from tapeless.config import GPTConfig
 from tapeless.ops import reference
-from tapeless.ops.cpu import activation, attention, elementary, embed, linear, loss, mhc, norm, optim
 from tapeless.ops.cpu.native import jit
 
 
 @cache
-def make_ops() -> Any:
-    """Every op, compiled on first use."""
-    elementary.register()
-    functions = {
+def make_ops(config: GPTConfig) -> Any:
+    """Every op that this model may need, compiled on first use."""
+    # Imported here since they import Numba, which a process whose programs are in the cache never needs.
+    from tapeless.ops.cpu import activation, attention, embed, linear, loss, mhc, norm, optim
+
+    functions: dict[str, Callable] = {
         name: function
-        for module in (activation, attention, embed, loss, mhc, norm, optim)
+        for module in (activation, embed, loss, mhc, norm, optim)
         for name, function in vars(module).items()
-        if callable(function) and function.__module__ == module.__name__
+        if isinstance(function, FunctionType) and function.__module__ == module.__name__
     }
     functions |= linear.make_ops()
+    functions |= attention.make_ops(config.head_dim, config.block_size)
     functions["pack"] = reference.pack  # plain loops already
     return SimpleNamespace(**{name: jit(function) for name, function in functions.items()})

@@ -1,39 +1,35 @@
 """ReLU and GELU."""
 
-import numpy as np
-
-from tapeless.ops.cpu.elementary import tanh
+from tapeless.ops.cpu.simd import LANES, fma, load, maximum, store, tanh, where
 from tapeless.ops.reference import GELU_CUBIC, GELU_SCALE
-
-_f32 = np.float32
-_SCALE, _CUBIC = _f32(GELU_SCALE), _f32(GELU_CUBIC)
 
 
 def relu_forward(v, u, n):
     for t in range(n):
-        for f in range(u.shape[1]):
-            v[t, f] = u[t, f] if u[t, f] > 0 else _f32(0)
+        for f in range(0, u.shape[1], LANES):
+            store(maximum(load(u, t, f), 0.0), v, t, f)
 
 
 def relu_backward(du, dv, u, n):
     for t in range(n):
-        for f in range(u.shape[1]):
-            du[t, f] = dv[t, f] if u[t, f] > 0 else _f32(0)
+        for f in range(0, u.shape[1], LANES):
+            store(where(load(u, t, f) > 0.0, load(dv, t, f), 0.0), du, t, f)
 
 
 def gelu_forward(v, u, n):
     for t in range(n):
-        for f in range(u.shape[1]):
-            z = u[t, f]
-            v[t, f] = _f32(0.5) * z * (_f32(1) + tanh(_SCALE * (z + _CUBIC * z * z * z)))
+        for f in range(0, u.shape[1], LANES):
+            z = load(u, t, f)
+            h = tanh(GELU_SCALE * z * fma(z * z, GELU_CUBIC, 1.0))
+            half = 0.5 * z
+            store(fma(half, h, half), v, t, f)
 
 
 def gelu_backward(du, dv, u, n):
     for t in range(n):
-        for f in range(u.shape[1]):
-            z = u[t, f]
-            h = tanh(_SCALE * (z + _CUBIC * z * z * z))
-            slope = _SCALE * (_f32(1) + _f32(3) * _CUBIC * z * z)
-            left = _f32(0.5) * (_f32(1) + h)
-            right = _f32(0.5) * z * (_f32(1) - h * h) * slope
-            du[t, f] = dv[t, f] * (left + right)
+        for f in range(0, u.shape[1], LANES):
+            z = load(u, t, f)
+            h = tanh(GELU_SCALE * z * fma(z * z, GELU_CUBIC, 1.0))
+            slope = GELU_SCALE * fma(z * z, 3 * GELU_CUBIC, 1.0)
+            half = fma(h, 0.5, 0.5)
+            store(load(dv, t, f) * fma(z * half * (1.0 - h), slope, half), du, t, f)

@@ -1,136 +1,297 @@
-"""Causal attention inside documents."""
+"""Causal attention inside documents, in the flash form: only the log-sum-exp of each query is kept.
+
+Two ways of doing the same. Short documents go query by query with all heads of a row in a vector:
+a query row times a key row, summed within groups of head_dim lanes, puts each head's score into all
+lanes of that head, so that one exp and one multiply-add serve every head. Long ones, and head sizes
+that do not fill a vector evenly, go head by head in matrix products of a tile of queries with the
+keys before them. Only one of the two is compiled for a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
-from tapeless.ops.cpu.elementary import exp
+from tapeless.layout import ATTENTION_QUERIES, attention_keys
+from tapeless.ops.cpu.native import jit
+from tapeless.ops.cpu.product import make_products
+from tapeless.ops.cpu.simd import (
+    LANES,
+    collect,
+    exp,
+    first,
+    fma,
+    group_sum,
+    hmax,
+    hsum,
+    load,
+    log,
+    matrix,
+    maximum,
+    splat,
+    spread,
+    store,
+    transpose_rows,
+)
 
 _f32 = np.float32
+_LOWEST = -np.inf
+# Up to this block size, products are too small to pay for the packing they need.
+SHORT = 24
 
 
-def attention_forward(out, probs, qkv, starts, sizes):
-    H, C = probs.shape[1], out.shape[1]
-    K = C // H
-    scale = _f32(1) / np.sqrt(_f32(K))
-    for s in range(sizes[1]):
-        first = starts[s]
-        for t in range(first, starts[s + 1]):
-            for h in range(H):
-                top = _f32(-np.inf)
-                for j in range(t - first + 1):
-                    score = _f32(0)
-                    for c in range(h * K, (h + 1) * K):
-                        score += qkv[t, c] * qkv[first + j, C + c]
-                    score *= scale
-                    probs[t, h, j] = score
-                    top = max(top, score)
-                total = _f32(0)
-                for j in range(t - first + 1):
-                    e = exp(probs[t, h, j] - top)
-                    probs[t, h, j] = e
-                    total += e
-                for c in range(h * K, (h + 1) * K):
-                    out[t, c] = 0
-                inverse = _f32(1) / total
-                for j in range(t - first + 1):
-                    p = probs[t, h, j] * inverse
-                    probs[t, h, j] = p
-                    for c in range(h * K, (h + 1) * K):
-                        out[t, c] += p * qkv[first + j, 2 * C + c]
+def make_ops(head_dim: int, block_size: int) -> dict[str, Callable]:
+    """The ops by name, to be compiled."""
+    whole_groups = LANES % head_dim == 0 or head_dim % LANES == 0
+    make = _by_rows if whole_groups and block_size <= SHORT else _by_tiles
+    forward, backward = make(head_dim, block_size)
+    return {
+        "flash_attention_forward": forward,
+        "flash_attention_backward": backward,
+        "attention_decode": _decode(head_dim) if whole_groups else attention_decode,
+    }
 
 
-def attention_backward(dqkv, row, dout, probs, qkv, starts, sizes):
-    H, C = probs.shape[1], dout.shape[1]
-    K = C // H
-    scale = _f32(1) / np.sqrt(_f32(K))
-    for t in range(sizes[0]):
-        for c in range(3 * C):
-            dqkv[t, c] = 0
-    for s in range(sizes[1]):
-        first = starts[s]
-        for t in range(first, starts[s + 1]):
-            for h in range(H):
-                along = _f32(0)
-                for j in range(t - first + 1):
-                    dp = _f32(0)
-                    for c in range(h * K, (h + 1) * K):
-                        dp += dout[t, c] * qkv[first + j, 2 * C + c]
-                    row[j] = dp
-                    along += probs[t, h, j] * dp
-                for j in range(t - first + 1):
-                    p = probs[t, h, j]
-                    ds = p * (row[j] - along) * scale
-                    for c in range(h * K, (h + 1) * K):
-                        dqkv[t, c] += ds * qkv[first + j, C + c]
-                        dqkv[first + j, C + c] += ds * qkv[t, c]
-                        dqkv[first + j, 2 * C + c] += p * dout[t, c]
+# ---------------------------------------------------------------- a query at a time, all heads at once
 
 
-def flash_attention_forward(out, lse, row, qkv, starts, sizes, tile):
-    H, C = lse.shape[1], out.shape[1]
-    K = C // H
-    scale = _f32(1) / np.sqrt(_f32(K))
-    for s in range(sizes[1]):
-        first = starts[s]
-        for t in range(first, starts[s + 1]):
-            for h in range(H):
-                for c in range(h * K, (h + 1) * K):
-                    out[t, c] = 0
-                top, total = _f32(-np.inf), _f32(0)
-                for begin in range(first, t + 1, tile):
-                    end = min(begin + tile, t + 1)
-                    new_top = top
-                    for j in range(begin, end):
-                        score = _f32(0)
-                        for c in range(h * K, (h + 1) * K):
-                            score += qkv[t, c] * qkv[j, C + c]
-                        score *= scale
-                        row[j - begin] = score
-                        new_top = max(new_top, score)
-                    shrink = exp(top - new_top)
-                    top = new_top
-                    total *= shrink
-                    for c in range(h * K, (h + 1) * K):
-                        out[t, c] *= shrink
-                    for j in range(begin, end):
-                        e = exp(row[j - begin] - top)
-                        total += e
-                        for c in range(h * K, (h + 1) * K):
-                            out[t, c] += e * qkv[j, 2 * C + c]
-                inverse = _f32(1) / total
-                for c in range(h * K, (h + 1) * K):
-                    out[t, c] *= inverse
-                lse[t, h] = top + np.log(total)
+def _by_rows(K: int, T: int) -> tuple[Callable, Callable]:
+    # Lanes that belong together: the vectors of a head, or the heads in a vector; and a head's in one vector.
+    width, group = max(K, LANES), min(K, LANES)
+    scale = _f32(K**-0.5)
+    attend = _make_attend(K)
 
+    def flash_attention_forward(out, lse, scratch, qkv, starts, sizes, tile):
+        N, C = out.shape
+        keys, values = matrix(qkv, C, N, C, 3 * C), matrix(qkv, 2 * C, N, C, 3 * C)
+        for s in range(sizes[1]):
+            start = starts[s]
+            for t in range(start, starts[s + 1]):
+                for b in range(0, C, width):
+                    whole = attend(out, scratch, qkv, keys, values, t, b, start, t - start + 1)
+                    store(collect(whole, group), lse, t, b // K)
 
-def flash_attention_backward(dqkv, dout, out, lse, qkv, starts, sizes, tile):
-    H, C = lse.shape[1], dout.shape[1]
-    K = C // H
-    scale = _f32(1) / np.sqrt(_f32(K))
-    for t in range(sizes[0]):
-        for c in range(3 * C):
-            dqkv[t, c] = 0
-    for s in range(sizes[1]):
-        first = starts[s]
-        for t in range(first, starts[s + 1]):
-            for h in range(H):
-                along = _f32(0)
-                for c in range(h * K, (h + 1) * K):
-                    along += dout[t, c] * out[t, c]
-                for j in range(first, t + 1):
-                    score, dp = _f32(0), _f32(0)
-                    for c in range(h * K, (h + 1) * K):
-                        score += qkv[t, c] * qkv[j, C + c]
-                        dp += dout[t, c] * qkv[j, 2 * C + c]
-                    p = exp(score * scale - lse[t, h])
+    def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, starts, sizes, tile):
+        N, C = out.shape
+        queries, dqueries = matrix(qkv, 0, N, C, 3 * C), matrix(dqkv, 0, N, C, 3 * C)
+        keys, values = matrix(qkv, C, N, C, 3 * C), matrix(qkv, 2 * C, N, C, 3 * C)
+        dkeys, dvalues = matrix(dqkv, C, N, C, 3 * C), matrix(dqkv, 2 * C, N, C, 3 * C)
+        for t in range(sizes[0]):
+            for c in range(0, 3 * C, LANES):
+                store(0.0, dqkv, t, c)
+        for s in range(sizes[1]):
+            start = starts[s]
+            for t in range(start, starts[s + 1]):
+                for b in range(0, C, width):
+                    along = splat(0.0)
+                    for c in range(b, b + width, LANES):
+                        along = fma(load(dout, t, c), load(out, t, c), along)
+                    along = group_sum(along, group)
+                    whole = spread(load(lse, t, b // K), group)
                     # With one key the softmax is constant; dp and along may round differently.
-                    ds = p * (dp - along) * scale if t > first else _f32(0)
-                    for c in range(h * K, (h + 1) * K):
-                        dqkv[t, c] += ds * qkv[j, C + c]
-                        dqkv[j, C + c] += ds * qkv[t, c]
-                        dqkv[j, 2 * C + c] += p * dout[t, c]
+                    slope = scale if t > start else _f32(0)
+                    for j in range(start, t + 1):
+                        score, dp = splat(0.0), splat(0.0)
+                        for c in range(b, b + width, LANES):
+                            score = fma(load(queries, t, c), load(keys, j, c), score)
+                            dp = fma(load(dout, t, c), load(values, j, c), dp)
+                        p = exp(fma(group_sum(score, group), scale, 0.0 - whole))
+                        ds = p * (group_sum(dp, group) - along) * slope
+                        for c in range(b, b + width, LANES):
+                            store(fma(ds, load(keys, j, c), load(dqueries, t, c)), dqueries, t, c)
+                            store(fma(ds, load(queries, t, c), load(dkeys, j, c)), dkeys, j, c)
+                            store(fma(p, load(dout, t, c), load(dvalues, j, c)), dvalues, j, c)
+
+    return flash_attention_forward, flash_attention_backward
 
 
-def attention_decode(out, cache, qkv, positions):
+def _make_attend(K: int) -> Callable:
+    width, group = max(K, LANES), min(K, LANES)
+    scale = _f32(K**-0.5)
+
+    @jit
+    def attend(out, scratch, qkv, keys, values, t, b, start, count):
+        """Columns b … b + width of row t of `out`: its query over `count` keys and values from `start`.
+        Returns the log-sum-exp, in all lanes of each head."""
+        top = splat(_LOWEST)
+        for j in range(count):
+            score = splat(0.0)
+            for c in range(b, b + width, LANES):
+                score = fma(load(qkv, t, c), load(keys, start + j, c), score)
+            score = group_sum(score, group) * scale
+            store(score, scratch, j * LANES)
+            top = maximum(score, top)
+        total = splat(0.0)
+        for j in range(count):
+            e = exp(load(scratch, j * LANES) - top)
+            store(e, scratch, j * LANES)
+            total = total + e
+        for c in range(b, b + width, LANES):
+            mixed = splat(0.0)
+            for j in range(count):
+                mixed = fma(load(scratch, j * LANES), load(values, start + j, c), mixed)
+            store(mixed / total, out, t, c)
+        return top + log(total)
+
+    return attend
+
+
+def _decode(K: int) -> Callable:
+    width = max(K, LANES)
+    attend = _make_attend(K)
+
+    def attention_decode(out, cache, scratch, qkv, positions):
+        T, C = cache.shape[0], out.shape[1]
+        keys, values = matrix(cache, 0, T, C, 2 * C), matrix(cache, C, T, C, 2 * C)
+        last = positions[0]
+        for c in range(0, C, LANES):
+            store(load(qkv, 0, C + c), keys, last, c)
+            store(load(qkv, 0, 2 * C + c), values, last, c)
+        for b in range(0, C, width):
+            attend(out, scratch, qkv, keys, values, 0, b, 0, last + 1)
+
+    return attention_decode
+
+
+# ---------------------------------------------------------------- a head at a time, in tiles
+
+
+def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
+    B, TILE = ATTENTION_QUERIES, attention_keys(T)
+    P, room = -(-K // B) * B, -(-T // B) * B  # a head's numbers and keys, with room for whole vectors
+    scale = _f32(K**-0.5)
+    product, _ = make_products()
+
+    @jit
+    def copy_rows(y, x, row, rows):
+        """The first `rows` rows of y become those of x from `row` on; the rest of y becomes zero."""
+        for r in range(y.shape[0]):
+            for c in range(0, P, LANES):
+                store(load(x, row + r, c) if r < rows else splat(0.0), y, r, c)
+
+    @jit
+    def turn_rows(y, x, row, rows, columns):
+        """y = xᵀ of `rows` rows from `row` on; columns of y after those repeat the last."""
+        for r in range(0, columns, LANES):
+            for c in range(0, P, LANES):
+                transpose_rows(y, c, r, x, row + r, row + rows - 1, c)
+
+    def flash_attention_forward(out, lse, scratch, qkv, starts, sizes, tile):
+        (N, C), H = out.shape, lse.shape[1]
+        turned = matrix(scratch, 0, P, room, room)
+        scores = matrix(scratch, 2 * P * room, B, room, room)
+        mixed = matrix(scratch, (2 * P + B) * room, B, P, P)
+        for s in range(sizes[1]):
+            start, n = starts[s], starts[s + 1] - starts[s]
+            whole = (n + B - 1) // B * B
+            v = matrix(scratch, P * room, whole, P, P)
+            for h in range(H):
+                keys, values = matrix(qkv, C + h * K, N, K, 3 * C), matrix(qkv, 2 * C + h * K, N, K, 3 * C)
+                turn_rows(turned, keys, start, n, whole)
+                copy_rows(v, values, start, n)
+                for i in range(0, n, B):
+                    rows, end = min(B, n - i), i + B
+                    product(
+                        scores, room, matrix(qkv, (start + i) * 3 * C + h * K, rows, K, 3 * C),
+                        turned, room, rows, end, K, 3 * C, 1, 0,
+                    )  # fmt: skip
+                    for r in range(rows):
+                        lse[start + i + r, h] = softmax(scores, r, i + r + 1, end)
+                    product(mixed, P, scores, v, P, rows, P, end, room, 1, 0)
+                    outputs = matrix(out, (start + i) * C + h * K, rows, K, C)
+                    for r in range(rows):
+                        for c in range(0, P, LANES):
+                            store(load(mixed, r, c), outputs, r, c)
+
+    @jit
+    def softmax(scores, r, count, end):
+        """Row r becomes the softmax of `scale` times its first `count` numbers, and zero up to `end`.
+        Returns their log-sum-exp."""
+        tops = splat(_LOWEST)
+        for j in range(0, end, LANES):
+            tops = maximum(first(count - j, load(scores, r, j), _LOWEST), tops)
+        top = hmax(tops) * scale
+        totals = splat(0.0)
+        for j in range(0, end, LANES):
+            e = first(count - j, exp(fma(load(scores, r, j), scale, 0.0 - splat(top))), 0.0)
+            store(e, scores, r, j)
+            totals = totals + e
+        total = hsum(totals)
+        inverse = _f32(1) / total
+        for j in range(0, end, LANES):
+            store(load(scores, r, j) * inverse, scores, r, j)
+        return top + np.log(total)
+
+    def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, starts, sizes, tile):
+        (N, C), H = out.shape, lse.shape[1]
+        at = 0
+        turned_k, at = matrix(scratch, at, P, TILE, TILE), at + P * TILE
+        turned_v, at = matrix(scratch, at, P, TILE, TILE), at + P * TILE
+        k, at = matrix(scratch, at, TILE, P, P), at + P * TILE
+        dk, at = matrix(scratch, at, TILE, P, P), at + P * TILE
+        dv, at = matrix(scratch, at, TILE, P, P), at + P * TILE
+        q, at = matrix(scratch, at, B, P, P), at + B * P
+        do, at = matrix(scratch, at, B, P, P), at + B * P
+        dq, at = matrix(scratch, at, B, P, P), at + B * P
+        p, at = matrix(scratch, at, B, TILE, TILE), at + B * TILE
+        ds = matrix(scratch, at, B, TILE, TILE)
+        for s in range(sizes[1]):
+            start, n = starts[s], starts[s + 1] - starts[s]
+            for h in range(H):
+                at = h * K
+                queries, dqueries = matrix(qkv, at, N, K, 3 * C), matrix(dqkv, at, N, K, 3 * C)
+                keys, dkeys = matrix(qkv, C + at, N, K, 3 * C), matrix(dqkv, C + at, N, K, 3 * C)
+                values, dvalues = matrix(qkv, 2 * C + at, N, K, 3 * C), matrix(dqkv, 2 * C + at, N, K, 3 * C)
+                outputs, douts = matrix(out, at, N, K, C), matrix(dout, at, N, K, C)
+                for j in range(0, n, TILE):
+                    here = min(TILE, n - j)
+                    turn_rows(turned_k, keys, start + j, here, TILE)
+                    turn_rows(turned_v, values, start + j, here, TILE)
+                    copy_rows(k, keys, start + j, here)
+                    copy_rows(dk, keys, 0, 0)
+                    copy_rows(dv, values, 0, 0)
+                    for i in range(j, n, B):
+                        rows, wide = min(B, n - i), min(TILE, i + B - j)
+                        copy_rows(q, queries, start + i, rows)
+                        copy_rows(do, douts, start + i, rows)
+                        product(p, TILE, q, turned_k, TILE, rows, wide, K, P, 1, 0)
+                        product(ds, TILE, do, turned_v, TILE, rows, wide, K, P, 1, 0)
+                        for r in range(rows):
+                            t = start + i + r
+                            softmax_backward(p, ds, r, i + r + 1 - j, wide, outputs, do, t, lse[t, h], i + r)
+                        product(dq, P, ds, k, P, rows, P, wide, TILE, 1, 0)
+                        for r in range(rows):
+                            for c in range(0, P, LANES):
+                                before = load(dqueries, start + i + r, c) if j else splat(0.0)
+                                store(before + load(dq, r, c), dqueries, start + i + r, c)
+                        product(dk, P, ds, q, P, wide, P, rows, 1, TILE, 1)
+                        product(dv, P, p, do, P, wide, P, rows, 1, TILE, 1)
+                    for r in range(here):
+                        for c in range(0, P, LANES):
+                            store(load(dk, r, c), dkeys, start + j + r, c)
+                            store(load(dv, r, c), dvalues, start + j + r, c)
+
+    @jit
+    def softmax_backward(p, ds, r, count, end, outputs, do, t, whole, earlier):
+        """Row r of p becomes the probabilities from the products q·k there, and that of ds the gradient of
+        those products from the gradient of the probabilities."""
+        products = splat(0.0)
+        for c in range(0, P, LANES):
+            products = fma(load(outputs, t, c), load(do, r, c), products)
+        along = hsum(products)
+        # With one key the softmax is constant; dp and along may round differently.
+        slope = scale if earlier else _f32(0)
+        for j in range(0, end, LANES):
+            e = first(count - j, exp(fma(load(p, r, j), scale, 0.0 - splat(whole))), 0.0)
+            store(e, p, r, j)
+            store(first(count - j, e * (load(ds, r, j) - along) * slope, 0.0), ds, r, j)
+
+    return flash_attention_forward, flash_attention_backward
+
+
+def attention_decode(out, cache, scratch, qkv, positions):
+    """For heads that do not fill vectors evenly."""
     H, K = cache.shape[2], cache.shape[3]
     C = H * K
     scale = _f32(1) / np.sqrt(_f32(K))
@@ -139,19 +300,19 @@ def attention_decode(out, cache, qkv, positions):
         for c in range(K):
             cache[last, 0, h, c] = qkv[0, C + h * K + c]
             cache[last, 1, h, c] = qkv[0, 2 * C + h * K + c]
-            out[0, h * K + c] = 0
-        # Running maximum and sum (FlashAttention's): one pass and nothing to keep.
-        top, total = _f32(-np.inf), _f32(0)
+        query, output = matrix(qkv, h * K, 1, K, 3 * C), matrix(out, h * K, 1, K, C)
+        keys, values = matrix(cache, h * K, last + 1, K, 2 * C), matrix(cache, C + h * K, last + 1, K, 2 * C)
+        top = _f32(_LOWEST)
         for j in range(last + 1):
-            score = _f32(0)
-            for c in range(K):
-                score += qkv[0, h * K + c] * cache[j, 0, h, c]
-            score *= scale
-            new_top = max(top, score)
-            shrink, e = exp(top - new_top), exp(score - new_top)
-            total = total * shrink + e
-            for c in range(K):
-                out[0, h * K + c] = out[0, h * K + c] * shrink + e * cache[j, 1, h, c]
-            top = new_top
-        for c in range(K):
-            out[0, h * K + c] /= total
+            score = splat(0.0)
+            for c in range(0, K, LANES):
+                score = fma(load(query, 0, c), load(keys, j, c), score)
+            scratch[j] = hsum(score) * scale
+            top = max(top, scratch[j])
+        for c in range(0, K, LANES):
+            mixed, totals = splat(0.0), splat(0.0)
+            for j in range(last + 1):
+                e = exp(splat(scratch[j] - top))
+                totals = totals + e
+                mixed = fma(e, load(values, j, c), mixed)
+            store(mixed / totals, output, 0, c)

@@ -2,21 +2,23 @@
 
 import numpy as np
 
-from tapeless.ops.cpu.elementary import exp
+from tapeless.ops.cpu.simd import LANES, exp, first, hmax, hsum, load, maximum, splat, store
 
-_f32 = np.float32
+_LOWEST = -np.inf
 
 
 def cross_entropy_forward(loss, lse, logits, targets, weights, n):
+    V = logits.shape[1]
     mean = 0.0
     for t in range(n):
-        top = _f32(-np.inf)
-        for v in range(logits.shape[1]):
-            top = max(top, logits[t, v])
-        total = _f32(0)
-        for v in range(logits.shape[1]):
-            total += exp(logits[t, v] - top)
-        lse[t] = top + np.log(total)
+        tops = splat(_LOWEST)
+        for v in range(0, V, LANES):
+            tops = maximum(first(V - v, load(logits, t, v), _LOWEST), tops)
+        top = hmax(tops)
+        total = splat(0.0)
+        for v in range(0, V, LANES):
+            total = total + first(V - v, exp(load(logits, t, v) - top), 0.0)
+        lse[t] = top + np.log(hsum(total))
         loss[t] = lse[t] - logits[t, targets[t]]
         mean += weights[t] * loss[t]
     return mean
@@ -24,8 +26,8 @@ def cross_entropy_forward(loss, lse, logits, targets, weights, n):
 
 def cross_entropy_backward(dlogits, logits, lse, targets, weights, n):
     for t in range(n):
-        for v in range(logits.shape[1]):
-            dlogits[t, v] = weights[t] * exp(logits[t, v] - lse[t])
+        for v in range(0, logits.shape[1], LANES):
+            store(exp(load(logits, t, v) - lse[t]) * weights[t], dlogits, t, v)
         dlogits[t, targets[t]] -= weights[t]
 
 

@@ -1,6 +1,8 @@
-"""RMSNorm and LayerNorm."""
+"""RMSNorm and LayerNorm, a row at a time in vectors."""
 
 import numpy as np
+
+from tapeless.ops.cpu.simd import LANES, first, fma, hsum, load, splat, store
 
 _f32 = np.float32
 
@@ -8,71 +10,79 @@ _f32 = np.float32
 def rmsnorm_forward(y, mean, rstd, x, w, b, n, eps):
     C = x.shape[1]
     for t in range(n):
-        total = _f32(0)
-        for c in range(C):
-            total += x[t, c] * x[t, c]
-        r = _f32(1) / np.sqrt(total / _f32(C) + _f32(eps))
+        squares = splat(0.0)
+        for c in range(0, C, LANES):
+            v = load(x, t, c)
+            squares = fma(v, v, squares)
+        r = _f32(1) / np.sqrt(hsum(squares) / _f32(C) + _f32(eps))
         rstd[t] = r
-        for c in range(C):
-            y[t, c] = x[t, c] * r * w[c] if w.size else x[t, c] * r
+        for c in range(0, C, LANES):
+            z = load(x, t, c) * r
+            if w.size:
+                z = z * load(w, c)
+            store(z, y, t, c)
 
 
 def rmsnorm_backward(dx, dw, db, dy, x, mean, rstd, w, n):
     C = x.shape[1]
     for t in range(n):
         r = rstd[t]
-        along = _f32(0)
-        for c in range(C):
-            g = dy[t, c] * w[c] if w.size else dy[t, c]
-            along += g * x[t, c]
-        along *= r * r / _f32(C)
-        for c in range(C):
-            g = dy[t, c] * w[c] if w.size else dy[t, c]
-            dx[t, c] += r * (g - x[t, c] * along)
-        if w.size:
-            for c in range(C):
-                dw[c] += dy[t, c] * x[t, c] * r
+        products = splat(0.0)
+        for c in range(0, C, LANES):
+            g = load(dy, t, c)
+            if w.size:
+                g = g * load(w, c)
+            products = fma(g, load(x, t, c), products)
+        along = hsum(products) * r * r / _f32(C)
+        for c in range(0, C, LANES):
+            g, v = load(dy, t, c), load(x, t, c)
+            if w.size:
+                store(fma(g, v * r, load(dw, c)), dw, c)
+                g = g * load(w, c)
+            store(fma(g - v * along, r, load(dx, t, c)), dx, t, c)
 
 
 def layernorm_forward(y, mean, rstd, x, w, b, n, eps):
     C = x.shape[1]
     for t in range(n):
-        m = _f32(0)
-        for c in range(C):
-            m += x[t, c]
-        m /= _f32(C)
-        total = _f32(0)
-        for c in range(C):
-            total += (x[t, c] - m) * (x[t, c] - m)
-        r = _f32(1) / np.sqrt(total / _f32(C) + _f32(eps))
+        total = splat(0.0)
+        for c in range(0, C, LANES):
+            total = total + load(x, t, c)
+        m = hsum(total) / _f32(C)
+        squares = splat(0.0)
+        for c in range(0, C, LANES):
+            v = first(C - c, load(x, t, c) - m, 0.0)
+            squares = fma(v, v, squares)
+        r = _f32(1) / np.sqrt(hsum(squares) / _f32(C) + _f32(eps))
         mean[t] = m
         rstd[t] = r
-        for c in range(C):
-            z = (x[t, c] - m) * r
+        for c in range(0, C, LANES):
+            z = (load(x, t, c) - m) * r
             if w.size:
-                z *= w[c]
+                z = z * load(w, c)
             if b.size:
-                z += b[c]
-            y[t, c] = z
+                z = z + load(b, c)
+            store(z, y, t, c)
 
 
 def layernorm_backward(dx, dw, db, dy, x, mean, rstd, w, n):
     C = x.shape[1]
     for t in range(n):
         r, m = rstd[t], mean[t]
-        along_mean, along_x = _f32(0), _f32(0)
-        for c in range(C):
-            g = dy[t, c] * w[c] if w.size else dy[t, c]
-            along_mean += g
-            along_x += g * (x[t, c] - m)
-        along_mean /= _f32(C)
-        along_x *= r * r / _f32(C)
-        for c in range(C):
-            g = dy[t, c] * w[c] if w.size else dy[t, c]
-            dx[t, c] += r * (g - along_mean - (x[t, c] - m) * along_x)
-        if w.size:
-            for c in range(C):
-                dw[c] += dy[t, c] * (x[t, c] - m) * r
-        if db.size:
-            for c in range(C):
-                db[c] += dy[t, c]
+        total, products = splat(0.0), splat(0.0)
+        for c in range(0, C, LANES):
+            g = load(dy, t, c)
+            if w.size:
+                g = g * load(w, c)
+            total = total + g
+            products = fma(g, load(x, t, c) - m, products)
+        along_mean = hsum(total) / _f32(C)
+        along_x = hsum(products) * r * r / _f32(C)
+        for c in range(0, C, LANES):
+            g, v = load(dy, t, c), load(x, t, c) - m
+            if db.size:
+                store(load(db, c) + g, db, c)
+            if w.size:
+                store(fma(g, v * r, load(dw, c)), dw, c)
+                g = g * load(w, c)
+            store(fma(g - along_mean - v * along_x, r, load(dx, t, c)), dx, t, c)
