@@ -124,8 +124,59 @@ def jit(function: Callable, **options: Any) -> Any:
         forceinline=True,
         no_cpython_wrapper=True,
         no_cfunc_wrapper=True,
+        pipeline_class=_pipeline(),
         **options,
     )(function)
+
+
+@cache
+def _pipeline() -> Any:
+    """Numba's compiler up to LLVM's language. By itself it would go on to optimise every function and
+    make machine code of it; here all of them become one program, for which `_emit` does that once."""
+    from llvmlite.binding.newpassmanagers import create_new_function_pass_manager
+    from numba.core.compiler import CompilerBase, DefaultPassBuilder
+    from numba.core.compiler_machinery import register_pass
+    from numba.core.typed_passes import NativeLowering
+
+    # Enough that the whole stays small: Numba keeps every variable in memory.
+    simplify = create_new_function_pass_manager()
+    simplify.add_sroa_pass()
+    simplify.add_simplify_cfg_pass()
+    simplify.add_instruction_combine_pass()
+    simplify.add_simplify_cfg_pass()
+    builder = llvm.create_pass_builder(_target_machine(), llvm.create_pipeline_tuning_options())
+
+    def simplify_functions(module):
+        module.data_layout = str(_target_machine().target_data)
+        for function in module.functions:
+            if not function.is_declaration:
+                simplify.run(function, builder)
+
+    @register_pass(mutates_CFG=True, analysis_only=False)
+    class Lowering(NativeLowering):
+        _name = "tapeless_lowering"
+
+        def run_pass(self, state):
+            library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
+            library._optimize_functions = simplify_functions
+            library._optimize_final_module = lambda: None
+            state.library = library
+            state.flags.no_compile = True
+            super().run_pass(state)
+            library.finalize()  # links what it calls
+            # Callers find a function by its machine code as a Python built-in: any that is no other's.
+            state["cr"] = state["cr"]._replace(cfunc=[].append)
+            state.targetctx.insert_user_function(state["cr"].cfunc, state["cr"].fndesc, [library])
+            return True
+
+    class Pipeline(CompilerBase):
+        def define_pipelines(self):
+            manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+            manager.passes = [(Lowering if p is NativeLowering else p, why) for p, why in manager.passes]
+            manager.finalize()
+            return [manager]
+
+    return Pipeline
 
 
 def compile_object(groups: Sequence[Group], function: Callable) -> bytes:
@@ -147,23 +198,29 @@ def _emit(function: Callable, name: str, arguments: int) -> bytes:
     dispatcher.compile(signature)
     compiled = dispatcher.overloads[signature]
     # Numba's own C wrapper calls back into Python to report errors. This code has none to report.
+    inner = compiled.fndesc.mangled_name
     parameters = ", ".join(f"i64 %a{i}" for i in range(arguments))
-    ir = (
-        compiled.library.get_llvm_str()
-        + f"""
+    wrapper = f"""
+        declare i32 @{inner}(ptr, ptr{", i64" * arguments})
         define void @{name}({parameters}) {{
             %result = alloca ptr
             %error = alloca ptr
-            call i32 @{compiled.fndesc.mangled_name}(ptr %result, ptr %error, {parameters})
+            call i32 @{inner}(ptr %result, ptr %error, {parameters})
             ret void
         }}
     """
-    )
-    module = llvm.parse_assembly(ir)
+    module = compiled.library._final_module
+    module.link_in(llvm.parse_assembly(wrapper))
+    for f in module.functions:
+        if not f.is_declaration and f.name != name:
+            f.linkage = "internal"  # nobody else calls it: inlined and dropped
+    machine = _target_machine()
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
     outside = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
     if strange := sorted(name for name in outside if name not in LIBRARY):
         raise RuntimeError(f"compiled code calls {', '.join(strange)}, which another process will not have")
-    return _target_machine().emit_object(module)
+    return machine.emit_object(module)
 
 
 @cache
