@@ -13,84 +13,86 @@ from typing import Any
 from tapeless.ops.cpu.native import jit
 
 # The routines by name, and their number of arguments, all int64 (arrays by address).
-ROUTINES = {"product": 11, "transpose": 4}
+ROUTINES = {"product": 13}
+import os
+DEPTH = 768
+LARGE = int(os.environ.get("LARGE", 1 << 16))
+MANY = 32
 
 
 def make_routine(name: str) -> Callable:
-    """The routine to compile.
+    from tapeless.ops.cpu.simd import LANES
+    from tapeless.ops.cpu.tiles import TALLEST, WIDEST, copy_one, scratch, tile, transpose_block
 
-    product(y, ldy, x, w, ldw, m, n, k, step_row, step_i, add): y[r, c] (+)= Σ_i x[r, i]·w[i, c] for m
-    rows and n ≥ LANES columns, in rows of ldy and ldw numbers; x[r, i] is number r·step_row + i·step_i
-    of x, so the steps are (C, 1) for an x [·, C] as it is and (1, C) for its transpose.
-    transpose(y, x, m, n): y becomes xᵀ for an x [m, n].
-    """
-    from tapeless.ops.cpu import simd
+    make_room = scratch(DEPTH * WIDEST * LANES)
 
-    return _product(simd) if name == "product" else _transpose(simd)
+    @jit
+    def width(left):
+        """vectors of the next panel, when this many are left: a vector that is shifted back must
+        have its neighbour in the same panel, so a panel of one comes alone or first."""
+        if WIDEST == 2:
+            return 2 - left % 2
+        if left >= 5 or left == 3:
+            return 3
+        return min(left, 2)
 
+    @jit
+    def turn(y, x, ldx, m, n):
+        """y[i, c] = x[c, i], y [m, n]"""
+        if m >= LANES:
+            for c in range(0, n, LANES):
+                c = min(c, n - LANES)
+                for i in range(0, m, LANES):
+                    i = min(i, m - LANES)
+                    transpose_block(y, i * n + c, n, x, i + c * ldx, ldx)
+        else:
+            for c in range(n):
+                for i in range(m):
+                    copy_one(y, i * n + c, x, i + c * ldx)
 
-def _product(simd: Any) -> Callable:
-    LANES = simd.LANES
-    widest = 4 if simd.REGISTERS == 32 else 2
-
-    def make_panel(vecs: int) -> Any:
-        """All rows of a panel of columns, in tiles that fill the registers, then in smaller ones."""
-        tall = min(8, (simd.REGISTERS - 2 - vecs) // vecs)
-        big, two, one = (simd.tile(rows, vecs) for rows in (tall, 2, 1))
-
-        def panel(y, ldy, c, x, w, ldw, m, k, step_row, step_i, shift, add):
-            r = 0
-            while r + tall <= m:
-                big(y, r * ldy + c, ldy, x, r * step_row, step_row, step_i, w, c, ldw, k, shift, add)
-                r += tall
-            while r + 2 <= m:
-                two(y, r * ldy + c, ldy, x, r * step_row, step_row, step_i, w, c, ldw, k, shift, add)
-                r += 2
-            if r < m:
-                one(y, r * ldy + c, ldy, x, r * step_row, step_row, step_i, w, c, ldw, k, shift, add)
-
-        return jit(panel, inline="always")
-
-    panels = [make_panel(vecs) for vecs in range(1, widest + 1)]
-    panel1, panel2, panel3, panel4 = panels[0], panels[1], panels[2 % widest], panels[3 % widest]
-
-    def product(y, ldy, x, w, ldw, m, n, k, step_row, step_i, add):
-        left = (n + LANES - 1) // LANES
-        shift = left * LANES - n
-        c = 0
-        while left > 0:
-            vecs = min(left, widest)
-            # A vector that is shifted back must have its neighbour in the same tile.
-            if left - vecs == 1 and shift > 0:
-                vecs -= 1
-            moved = shift if left == vecs else 0
-            if vecs == 1:
-                panel1(y, ldy, c, x, w, ldw, m, k, step_row, step_i, moved, add)
-            elif vecs == 2:
-                panel2(y, ldy, c, x, w, ldw, m, k, step_row, step_i, moved, add)
-            elif widest > 2 and vecs == 3:
-                panel3(y, ldy, c, x, w, ldw, m, k, step_row, step_i, moved, add)
-            elif widest > 2:
-                panel4(y, ldy, c, x, w, ldw, m, k, step_row, step_i, moved, add)
-            c += vecs * LANES
-            left -= vecs
+    def product(y, ldy, start, lds, x, step_row, step_i, w, w_i, w_c, m, n, k):
+        room = make_room()
+        turns = w_c != 1
+        packs = not turns and m >= MANY and k * n > LARGE
+        blocks = (k + DEPTH - 1) // DEPTH if turns or packs else 1
+        while blocks > 0:
+            deep = (k + blocks - 1) // blocks
+            left = (n + LANES - 1) // LANES
+            end = left * LANES - n
+            c = 0
+            while left > 0:
+                vecs = width(left)
+                left -= vecs
+                shift = 0 if left else end
+                high = TALLEST[vecs - 1]
+                columns = vecs * LANES - shift
+                wc, ldw, keep = w + 4 * c * w_c, w_i, 0
+                todo = (m + high - 1) // high
+                rows = (m + todo - 1) // todo
+                if turns:
+                    turn(room, wc, w_c, deep, columns)
+                    wc, ldw = room, columns
+                elif packs:
+                    keep, rows = room, high
+                r = 0
+                while todo > 0:
+                    yr = y + 4 * (r * ldy + c)
+                    sr = start + 4 * (r * lds + c) if start else 0
+                    tile(rows, vecs, keep, yr, ldy, sr, lds, x + 4 * r * step_row, step_row, step_i, wc, ldw, deep, shift)
+                    r += rows
+                    todo -= 1
+                    if keep:
+                        wc, ldw, keep = room, columns, 0
+                    if todo:
+                        rows = (m - r + todo - 1) // todo
+                c += columns
+            x += 4 * deep * step_i
+            w += 4 * deep * w_i
+            start, lds = y, ldy
+            k -= deep
+            blocks -= 1
 
     return product
-
-
-def _transpose(simd: Any) -> Callable:
-    LANES, transpose_block, copy_one = simd.LANES, simd.transpose_block, simd.copy_one
-
-    def transpose(y, x, m, n):
-        whole_m, whole_n = m - m % LANES, n - n % LANES
-        for r in range(0, whole_m, LANES):
-            for c in range(0, whole_n, LANES):
-                transpose_block(y, c * m + r, m, x, r * n + c, n)
-        for r in range(m):
-            for c in range(whole_n if r < whole_m else 0, n):
-                copy_one(y, c * m + r, x, r * n + c)
-
-    return transpose
 
 
 @cache
