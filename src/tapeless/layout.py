@@ -83,7 +83,7 @@ def parameters(config: GPTConfig) -> tuple[Tensor, ...]:
 @cache
 def activations(config: GPTConfig) -> tuple[Tensor, ...]:
     """What the forward pass keeps for the backward pass, and its scratch: `f`, what a sublayer adds to
-    the residual stream, `row`, the scores of one query, and `turned`, a transposed matrix."""
+    the residual stream, and `row`, the scores of one query."""
     c = config
     V, C, T, L, F, H = c.vocab, c.n_embd, c.block_size, c.n_layer, c.n_hidden, c.n_head
 
@@ -125,7 +125,6 @@ def activations(config: GPTConfig) -> tuple[Tensor, ...]:
         Tensor("out", (N, C) if mhc else (0,)),
         *norm("f", c.norm_final, N),
         Tensor("row", (T,)),
-        Tensor("turned", (V * C if c.tied else 0,)),
         Tensor("logits", (N, V)),
         Tensor("logits_lse", (N,)),
         Tensor("loss", (N,)),
@@ -148,7 +147,6 @@ def activation_grads(config: GPTConfig) -> tuple[Tensor, ...]:
         Tensor("out", rows if mhc else (0,)),
         Tensor("h", rows),
         Tensor("qkv", (N, 3 * c.n_embd)),
-        Tensor("turned", (c.n_embd * max(3 * c.n_embd, c.n_hidden, 0 if c.tied else c.vocab),)),
         Tensor("row", (max(c.block_size, S),)),  # scratch: the scores of a query, a number per stream
         Tensor("att", (N, c.n_embd)),
         Tensor("u", (N, c.n_hidden)),

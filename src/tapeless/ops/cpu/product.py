@@ -1,94 +1,128 @@
-"""Matrix products by register tiles: one routine for y = x·w, dx = dy·wᵀ and dw += xᵀ·dy.
+"""Matrix products by register tiles: one routine for y = x·w + b, dx = dy·wᵀ and dw += xᵀ·dy.
 
-The routines are compiled once for the processor, into object code of their own that every program
-is linked with; what programs call are `product` and `transpose`, as made by `make_products`.
+The routine is compiled once for the processor, into object code of its own that every program is
+linked with. What programs call is the intrinsic that `make_product` makes; `matmul` calls it from
+Python, on all cores. It allocates nothing and keeps no state, so any number of threads may call it.
+
+Each y[r, c] is one chain of multiply-adds in the order of the sum, however large the product is and
+however it is cut into tiles: a row comes out the same, bit for bit, in any company and on any thread.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
-from tapeless.ops.cpu.native import jit
+import llvmlite.binding as llvm
+import numpy as np
+
+from tapeless.ops.cpu.native import jit, link_routines
 
 # The routines by name, and their number of arguments, all int64 (arrays by address).
 ROUTINES = {"product": 13}
-import os
+
+# A panel of w is copied to where it lies without gaps, unless w is small enough for the caches or too
+# few rows need it. Of a long sum, DEPTH terms at a time: 144 KB on the stack with AVX-512, in L2.
 DEPTH = 768
-LARGE = int(os.environ.get("LARGE", 1 << 16))
+LARGE = 1 << 16
 MANY = 32
 
 
 def make_routine(name: str) -> Callable:
-    from tapeless.ops.cpu.simd import LANES
-    from tapeless.ops.cpu.tiles import TALLEST, WIDEST, copy_one, scratch, tile, transpose_block
+    """The routine to compile.
 
-    make_room = scratch(DEPTH * WIDEST * LANES)
+    product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
+    y[r, c] = start[r, c] + Σ_i x[r, i]·w[i, c]  for m rows, n ≥ LANES columns, k ≥ 1 terms. Rows of y
+    and start are ldy and ld_start numbers apart: start may be y itself, a bias (ld_start = 0), or begin
+    from zero (start = ld_start = 0). x[r, i] is number r·row + i·term of x, and w[i, c] number
+    i·w_term + c·column of w, so the steps are (C, 1) for a matrix [·, C] as it is and (1, C) for its
+    transpose; one of w's must be 1.
+    """
+    from tapeless.ops.cpu import tiles
+
+    return {"product": _product}[name](tiles)
+
+
+def _product(tiles: Any) -> Callable:
+    LANES, WIDEST, TALLEST = tiles.LANES, tiles.WIDEST, tiles.TALLEST
+    tile, transpose_block, copy_one = tiles.tile, tiles.transpose_block, tiles.copy_one
+    panel_scratch = tiles.scratch(DEPTH * WIDEST * LANES)
 
     @jit
-    def width(left):
-        """vectors of the next panel, when this many are left: a vector that is shifted back must
-        have its neighbour in the same panel, so a panel of one comes alone or first."""
+    def panel_width(left):
+        """Vectors of the next panel. One that is shifted to the left, to end with the row, needs its
+        neighbour in the same panel: so a panel of a single vector comes alone or first."""
         if WIDEST == 2:
             return 2 - left % 2
-        if left >= 5 or left == 3:
-            return 3
-        return min(left, 2)
+        return 3 if left == 3 or left > 4 else min(left, 2)
 
     @jit
     def turn(y, x, ldx, m, n):
-        """y[i, c] = x[c, i], y [m, n]"""
-        if m >= LANES:
-            for c in range(0, n, LANES):
-                c = min(c, n - LANES)
-                for i in range(0, m, LANES):
-                    i = min(i, m - LANES)
-                    transpose_block(y, i * n + c, n, x, i + c * ldx, ldx)
-        else:
+        """y = xᵀ for y [m, n], n ≥ LANES."""
+        if m < LANES:
             for c in range(n):
-                for i in range(m):
-                    copy_one(y, i * n + c, x, i + c * ldx)
+                for r in range(m):
+                    copy_one(y, r * n + c, x, c * ldx + r)
+            return
+        for column in range(0, n, LANES):
+            c = min(column, n - LANES)  # the last blocks overlap their neighbours
+            for row in range(0, m, LANES):
+                r = min(row, m - LANES)
+                transpose_block(y, r * n + c, n, x, c * ldx + r, ldx)
 
-    def product(y, ldy, start, lds, x, step_row, step_i, w, w_i, w_c, m, n, k):
-        room = make_room()
-        turns = w_c != 1
-        packs = not turns and m >= MANY and k * n > LARGE
-        blocks = (k + DEPTH - 1) // DEPTH if turns or packs else 1
+    def all_rows(vecs, y, ldy, start, ld_start, x, row, term, w, ldw, m, k, shift):
+        """All rows of a panel, by tiles of nearly the same height."""
+        count = (m + TALLEST[vecs - 1] - 1) // TALLEST[vecs - 1]
+        rows = m // count
+        lower = count * (rows + 1) - m
+        rows += 1
+        while count > 0:
+            if count == lower:
+                rows -= 1
+            tile(rows, vecs, 0, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift)
+            y += 4 * rows * ldy
+            start += 4 * rows * ld_start
+            x += 4 * rows * row
+            count -= 1
+
+    panel = jit(all_rows, inline="always")  # in one module with `product`: each has its own tiles
+
+    def product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
+        kept = panel_scratch()
+        turns = column != 1
+        keeps = not turns and m >= MANY and k * n > LARGE
+        blocks = (k + DEPTH - 1) // DEPTH if turns or keeps else 1
         while blocks > 0:
             deep = (k + blocks - 1) // blocks
-            left = (n + LANES - 1) // LANES
-            end = left * LANES - n
             c = 0
+            left = (n + LANES - 1) // LANES
+            over = left * LANES - n
             while left > 0:
-                vecs = width(left)
+                vecs = panel_width(left)
                 left -= vecs
-                shift = 0 if left else end
-                high = TALLEST[vecs - 1]
+                shift = 0 if left else over
                 columns = vecs * LANES - shift
-                wc, ldw, keep = w + 4 * c * w_c, w_i, 0
-                todo = (m + high - 1) // high
-                rows = (m + todo - 1) // todo
+                yc, sc, xr, rows = y + 4 * c, start + 4 * c if start else 0, x, m
+                wc, ldw = w + 4 * c * column, w_term
                 if turns:
-                    turn(room, wc, w_c, deep, columns)
-                    wc, ldw = room, columns
-                elif packs:
-                    keep, rows = room, high
-                r = 0
-                while todo > 0:
-                    yr = y + 4 * (r * ldy + c)
-                    sr = start + 4 * (r * lds + c) if start else 0
-                    tile(rows, vecs, keep, yr, ldy, sr, lds, x + 4 * r * step_row, step_row, step_i, wc, ldw, deep, shift)
-                    r += rows
-                    todo -= 1
-                    if keep:
-                        wc, ldw, keep = room, columns, 0
-                    if todo:
-                        rows = (m - r + todo - 1) // todo
+                    turn(kept, wc, column, deep, columns)
+                    wc, ldw = kept, columns
+                elif keeps:  # the first tile copies what it reads
+                    tall = TALLEST[vecs - 1]
+                    tile(tall, vecs, kept, yc, ldy, sc, ld_start, xr, row, term, wc, ldw, deep, shift)
+                    yc, sc, xr = yc + 4 * tall * ldy, sc + 4 * tall * ld_start, xr + 4 * tall * row
+                    rows -= tall
+                    wc, ldw = kept, columns
+                panel(vecs, yc, ldy, sc, ld_start, xr, row, term, wc, ldw, rows, deep, shift)
                 c += columns
-            x += 4 * deep * step_i
-            w += 4 * deep * w_i
-            start, lds = y, ldy
+            x += 4 * deep * term
+            w += 4 * deep * w_term
+            start, ld_start = y, ldy
             k -= deep
             blocks -= 1
 
@@ -96,8 +130,8 @@ def make_routine(name: str) -> Callable:
 
 
 @cache
-def make_products() -> tuple[Any, ...]:
-    """Intrinsics that call the routines, arrays in place of addresses: (product, transpose)."""
+def make_product() -> Any:
+    """An intrinsic that calls the routine, with arrays (or 0) in place of addresses."""
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
@@ -106,29 +140,89 @@ def make_products() -> tuple[Any, ...]:
 
     word = ir.IntType(64)
 
-    def call(name: str, kinds: tuple[Any, ...]) -> Any:
+    @intrinsic
+    def product(typing_context, y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
+        kinds = (y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k)
+
         def codegen(context, builder, signature, args):
             numbers = []
-            for kind, wanted, value in zip(kinds, signature.args, args, strict=True):
+            for kind, value in zip(signature.args, args, strict=True):
                 if isinstance(kind, types.Array):
-                    data = arrayobj.make_array(wanted)(context, builder, value).data
+                    data = arrayobj.make_array(kind)(context, builder, value).data
                     numbers.append(builder.ptrtoint(data, word))
                 else:
                     numbers.append(value)
             routine = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(ir.VoidType(), [word] * len(numbers)), f"tapeless_{name}"
+                builder.module, ir.FunctionType(ir.VoidType(), [word] * len(numbers)), "tapeless_product"
             )
             builder.call(routine, numbers)
             return context.get_dummy_value()
 
         return types.void(*(k if isinstance(k, types.Array) else types.int64 for k in kinds)), codegen
 
-    @intrinsic
-    def product(typing_context, y, ldy, x, w, ldw, m, n, k, step_row, step_i, add):
-        return call("product", (y, ldy, x, w, ldw, m, n, k, step_row, step_i, add))
+    return product
 
-    @intrinsic
-    def transpose(typing_context, y, x, m, n):
-        return call("transpose", (y, x, m, n))
 
-    return product, transpose
+# ---------------------------------------------------------------- from Python
+
+
+def matmul(y: np.ndarray, x: np.ndarray, w: np.ndarray, threads: int | None = None) -> None:
+    """y = x·w on some threads, by default as many as there are cores. The number changes no bit of y.
+
+    **Arguments:** y [m, n], x [m, k] and w [k, n] of float32; m, k ≥ 1 and n ≥ LANES, the numbers in a
+    vector. The rows of y must be contiguous, and those of w or of wᵀ; x may have any strides. y must not
+    overlap x or w. Raises `ValueError` for anything else but an overlap.
+    """
+    from tapeless.ops.cpu.simd import LANES
+
+    _check(y, x, w, LANES)
+    (m, k), n = x.shape, w.shape[1]
+    ldy, row, term, w_term, column = (s // 4 for s in (y.strides[0], *x.strides, *w.strides))
+
+    def part(rows: slice, columns: slice) -> None:
+        yp, xp, wp = y[rows, columns], x[rows], w[:, columns]
+        _routine()(
+            yp.ctypes.data, ldy, 0, 0, xp.ctypes.data, row, term, wp.ctypes.data, w_term, column, *yp.shape, k
+        )  # fmt: skip
+
+    # Threads share the longer side, in whole vectors of columns.
+    size, unit = (m, 1) if m > n else (n // LANES, LANES)
+    threads = min(threads or os.cpu_count() or 1, size)
+    edges = [unit * (size * t // threads) for t in range(threads)] + [max(m, n)]
+    parts = [slice(*pair) for pair in pairwise(edges)]
+    everything = slice(None)
+    calls = [(p, everything) if m > n else (everything, p) for p in parts]
+    others = [_pool(threads).submit(part, *call) for call in calls[1:]]
+    part(*calls[0])
+    for other in others:
+        other.result()
+
+
+def _check(y: np.ndarray, x: np.ndarray, w: np.ndarray, lanes: int) -> None:
+    """Native code trusts what it is given."""
+    fits = all(a.dtype == np.float32 and a.ndim == 2 for a in (y, x, w))
+    fits = fits and y.shape == (x.shape[0], w.shape[1]) and x.shape[1] == w.shape[0]
+    fits = fits and 0 not in x.shape and w.shape[1] >= lanes
+    if (
+        not fits
+        or y.strides[1] != 4
+        or 4 not in w.strides
+        or any(s % 4 for a in (y, x, w) for s in a.strides)
+    ):
+        got = "; ".join(f"{a.dtype} {a.shape} in steps of {a.strides} bytes" for a in (y, x, w))
+        raise ValueError(
+            f"expected float32 y [m, n], x [m, k] and w [k, n] with m, k ≥ 1 and n ≥ {lanes}, the rows of y "
+            f"and of w or wᵀ contiguous; got {got}."
+        )
+
+
+@cache
+def _routine() -> Callable[..., None]:
+    link_routines()
+    address = llvm.address_of_symbol("tapeless_product")
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * ROUTINES["product"])(address)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "product")

@@ -1,9 +1,8 @@
-"""Explicit vectors for matrix products: register tiles, and copies and transposes of blocks.
+"""Explicit vectors for matrix products: register tiles, and transposes of blocks.
 
-Each is an intrinsic whose body is written by a Python loop: vectors of `LANES` floats held in LLVM
-values, so that accumulators stay in registers. (Accumulators kept in an array would be stored and
-loaded again at every step, since Numba's arguments may overlap for all that LLVM knows.) All take
-matrices by address, and indices into them.
+Their code is written by Python loops: vectors of `LANES` floats held in LLVM values, so that
+accumulators stay in registers. (Accumulators kept in an array would be stored and loaded again at
+every step, since Numba's arguments may overlap for all that LLVM knows.) Matrices are given by address.
 """
 
 from __future__ import annotations
@@ -47,50 +46,57 @@ def _splat(builder: Any, scalar: Any) -> Any:
     return builder.shuffle_vector(one, undef, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
+# The largest tiles whose accumulators fit the registers, beside a row of w and a number of x.
 WIDEST = 3 if REGISTERS == 32 else 2
 TALLEST = tuple(min(8, (REGISTERS - 2 - vecs) // vecs) for vecs in range(1, WIDEST + 1))
 
 
 @intrinsic
-def tile(typing_context, rows, vecs, keep, y, ldy, start, lds, x, step_row, step_i, w, ldw, k, shift):
+def tile(typing_context, rows, vecs, keep, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift):
     """The register tile  y[r, c] = start[r, c] + Σ_i x[r, i]·w[i, c]  of `rows` rows and `vecs` vectors.
 
     Each size, up to WIDEST vectors and TALLEST[vecs - 1] rows, has a function of its own. All matrices
-    are given by the address of the tile's first number: y, start and w in rows of ldy, lds and ldw
-    numbers, x[r, i] being number r·step_row + i·step_i. `start` is 0 to begin from zero. The last
+    are given by the address of the tile's first number: rows of y, start and w are ldy, ld_start and
+    ldw numbers apart, and x[r, i] is number r·row + i·term. `start` is 0 to begin from zero. The last
     vector lies `shift` to the left of where it would follow, to end with the row; what it shares with
-    the one before is computed twice and stored alike. A tile of the tallest size copies what it reads
-    of w to the address `keep`, in rows without gaps, unless that is 0. k ≥ 1.
+    the one before is computed twice and stored alike. Unless `keep` is 0, the tile must be of the tallest
+    size, and copies what it reads of w to that address, in rows without gaps. k ≥ 1.
     """
 
     def codegen(context, builder, signature, args):
-        rows, vecs, keep, *rest = args
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * 12)
-        name = "tiles"
-        tallest = max(TALLEST)
-        null = ir.Constant(kind.as_pointer(), None)
-        functions = []
-        for v, tall in enumerate(TALLEST):
-            functions.append(_tile(builder.module, kind, tall, v + 1, True))
-            functions += [_tile(builder.module, kind, r + 1, v + 1, False) for r in range(tall)]
-            functions += [null] * (tallest - tall)
-        table = ir.GlobalVariable(builder.module, ir.ArrayType(kind.as_pointer(), len(functions)), "tiles")
-        table.linkage, table.global_constant = "internal", True
-        table.initializer = ir.Constant(table.value_type, functions)
-        keeping = builder.icmp_signed("!=", keep, _const(0))
-        at = builder.add(builder.mul(builder.sub(vecs, _const(1)), _const(tallest + 1)), builder.select(keeping, _const(0), rows))
-        function = builder.load(builder.gep(table, [_const(0), at]))
-        builder.call(function, [keep, *rest])
+        rows, vecs, *rest = args
+        keeping = builder.icmp_signed("!=", rest[0], _const(0))
+        column = builder.mul(builder.sub(vecs, _const(1)), _const(max(TALLEST) + 1))
+        at = builder.add(column, builder.select(keeping, _const(0), rows))
+        function = builder.load(builder.gep(_tiles(builder.module), [_const(0), at]))
+        builder.call(function, rest)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 14), codegen
 
 
-def _tile(module: Any, kind: Any, rows: int, vecs: int, keeps: bool) -> Any:
+def _tiles(module: Any) -> Any:
+    """The functions of all sizes as a table in this module: for each width the one that keeps what it
+    reads of w, then those of 1, 2, … rows."""
+    if "tiles" in module.globals:
+        return module.get_global("tiles")
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * 12)
+    functions = []
+    for vecs, tallest in enumerate(TALLEST, 1):
+        functions.append(_tile(module, kind, tallest, vecs, keeps=True))
+        heights = [_tile(module, kind, rows, vecs) for rows in range(1, tallest + 1)]
+        functions += heights + heights[-1:] * (max(TALLEST) - tallest)
+    table = ir.GlobalVariable(module, ir.ArrayType(kind.as_pointer(), len(functions)), "tiles")
+    table.linkage, table.global_constant = "internal", True
+    table.initializer = ir.Constant(table.value_type, functions)
+    return table
+
+
+def _tile(module: Any, kind: Any, rows: int, vecs: int, keeps: bool = False) -> Any:
     """The function for a tile of this size."""
     function = ir.Function(module, kind, f"tile_{rows}x{vecs}{'_keeping' if keeps else ''}")
     function.linkage = "internal"
-    keep, y, ldy, start, lds, x, step_row, step_i, w, ldw, k, shift = function.args
+    keep, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     kept, ydata, sdata, xdata, wdata = (_floats(builder, address) for address in (keep, y, start, x, w))
     fma = cgutils.get_or_insert_function(
@@ -109,20 +115,20 @@ def _tile(module: Any, kind: Any, rows: int, vecs: int, keeps: bool) -> Any:
     begin, loop, end = (builder.append_basic_block(name) for name in ("begin", "loop", "end"))
     builder.cbranch(builder.icmp_signed("!=", start, _const(0)), begin, loop)
     builder.position_at_end(begin)
-    started = [_load(builder, sdata, at) for at in each(lds)]
+    started = [_load(builder, sdata, at) for at in each(ld_start)]
     builder.branch(loop)
 
     builder.position_at_end(loop)
     i, sums = builder.phi(_I64), [builder.phi(_VEC) for _ in cells]
-    row_of_w, column_of_x = builder.mul(i, ldw), builder.mul(i, step_i)
+    row_of_w, column_of_x = builder.mul(i, ldw), builder.mul(i, term)
     weights = [_load(builder, wdata, builder.add(row_of_w, place)) for place in places]
     if keeps:
-        row = builder.mul(i, builder.sub(_const(vecs * LANES), shift))
+        row_of_kept = builder.mul(i, builder.sub(_const(vecs * LANES), shift))
         for place, value in zip(places, weights, strict=True):
-            _store(builder, value, kept, builder.add(row, place))
+            _store(builder, value, kept, builder.add(row_of_kept, place))
     factors = []
     for r in range(rows):
-        at = builder.add(builder.mul(step_row, _const(r)), column_of_x)
+        at = builder.add(builder.mul(row, _const(r)), column_of_x)
         factors.append(_splat(builder, builder.load(builder.gep(xdata, [at]))))
     new = [builder.call(fma, [factors[r], weights[c], s]) for (r, c), s in zip(cells, sums, strict=True)]
     following = builder.add(i, _const(1))
@@ -140,18 +146,6 @@ def _tile(module: Any, kind: Any, rows: int, vecs: int, keeps: bool) -> Any:
         _store(builder, value, ydata, at)
     builder.ret_void()
     return function
-
-
-@intrinsic
-def copy_vector(typing_context, y, at, x, first):
-    """y[at + c] = x[first + c] for c < LANES."""
-
-    def codegen(context, builder, signature, args):
-        y, at, x, first = args
-        _store(builder, _load(builder, _floats(builder, x), first), _floats(builder, y), at)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
 
 
 @intrinsic
@@ -177,9 +171,7 @@ def transpose_block(typing_context, y, at, ldy, x, first, ldx):
     def codegen(context, builder, signature, args):
         ydata, xdata = (_floats(builder, args[i]) for i in (0, 3))
         _, at, ldy, _, first, ldx = args
-        rows = [
-            _load(builder, xdata, builder.add(first, builder.mul(ldx, _const(r)))) for r in range(LANES)
-        ]
+        rows = [_load(builder, xdata, builder.add(first, builder.mul(ldx, _const(r)))) for r in range(LANES)]
         half = LANES // 2
         pairs = [i for k in range(LANES) for i in (k, k + LANES)]
         low, high = (ir.Constant(ir.VectorType(_I32, LANES), part) for part in (pairs[:LANES], pairs[LANES:]))
@@ -198,7 +190,7 @@ def transpose_block(typing_context, y, at, ldy, x, first, ldx):
 
 @cache
 def scratch(floats: int) -> Any:
-    """An intrinsic: the address of this many floats on the stack, aligned to a cache line."""
+    """An intrinsic: the address of this many floats on the stack, on a cache-line boundary."""
 
     @intrinsic
     def room(typing_context):
