@@ -10,8 +10,8 @@ from tapeless.ops.cpu.native import jit
 from tapeless.ops.cpu.product import make_product
 
 _f32 = np.float32
-# Turning a large matrix costs about as much as multiplying this many rows by it.
-FEW = 4
+# For up to this many rows, multiplying by wᵀ costs less than turning w first.
+FEW = 2
 
 
 def make_ops() -> dict[str, Callable]:

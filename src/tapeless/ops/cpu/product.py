@@ -31,6 +31,8 @@ ROUTINES = {"product": 13}
 DEPTH = 768
 LARGE = 1 << 16
 MANY = 32
+# Multiply-adds that are worth a part of their own, where threads share a product.
+PART = 20_000_000
 
 
 def make_routine(name: str) -> Callable:
@@ -178,22 +180,31 @@ def matmul(y: np.ndarray, x: np.ndarray, w: np.ndarray, threads: int | None = No
     _check(y, x, w, LANES)
     (m, k), n = x.shape, w.shape[1]
     ldy, row, term, w_term, column = (s // 4 for s in (y.strides[0], *x.strides, *w.strides))
+    addresses = y.ctypes.data, x.ctypes.data, w.ctypes.data
+    routine = _routine()
 
-    def part(rows: slice, columns: slice) -> None:
-        yp, xp, wp = y[rows, columns], x[rows], w[:, columns]
-        _routine()(
-            yp.ctypes.data, ldy, 0, 0, xp.ctypes.data, row, term, wp.ctypes.data, w_term, column, *yp.shape, k
-        )  # fmt: skip
+    def part(r: int, c: int, rows: int, columns: int) -> None:
+        ya, xa, wa = (
+            addresses[0] + 4 * (r * ldy + c),
+            addresses[1] + 4 * r * row,
+            addresses[2] + 4 * c * column,
+        )
+        routine(ya, ldy, 0, 0, xa, row, term, wa, w_term, column, rows, columns, k)
 
-    # Threads share the longer side, in whole vectors of columns.
+    # Of the longer side, in whole vectors of columns, each thread takes the next part when it is ready.
     size, unit = (m, 1) if m > n else (n // LANES, LANES)
     threads = min(threads or os.cpu_count() or 1, size)
-    edges = [unit * (size * t // threads) for t in range(threads)] + [max(m, n)]
-    parts = [slice(*pair) for pair in pairwise(edges)]
-    everything = slice(None)
-    calls = [(p, everything) if m > n else (everything, p) for p in parts]
-    others = [_pool(threads).submit(part, *call) for call in calls[1:]]
-    part(*calls[0])
+    count = min(size, threads * max(1, min(8, m * n * k // (threads * PART))))
+    edges = [unit * (size * i // count) for i in range(count)] + [max(m, n)]
+    parts = ((a, 0, b - a, n) if m > n else (0, a, m, b - a) for a, b in pairwise(edges))
+    queue = iter(list(parts))
+
+    def work() -> None:
+        for each in queue:
+            part(*each)
+
+    others = [_pool(threads).submit(work) for _ in range(threads - 1)]
+    work()
     for other in others:
         other.result()
 
