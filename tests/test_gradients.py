@@ -86,8 +86,8 @@ def embed_losing_repeated_tokens(dwte, dwpe, dx, tokens, positions, n):
     np.add.at(dwpe, positions[:n], dx[:n])
 
 
-def linear_with_one_entry_slightly_off(dx, dw, db, turned, dy, x, w, n):
-    reference_linear_backward(dx, dw, db, turned, dy, x, w, n)
+def linear_with_one_entry_slightly_off(dx, dw, db, dy, x, w, n):
+    reference_linear_backward(dx, dw, db, dy, x, w, n)
     dw[0, 0] *= 1 + 1e-5
 
 

@@ -100,7 +100,7 @@ def attention_scratch(config: GPTConfig) -> tuple[int, int]:
 @cache
 def activations(config: GPTConfig) -> tuple[Tensor, ...]:
     """What the forward pass keeps for the backward pass, and its scratch: `f`, what a sublayer adds to
-    the residual stream, `scratch`, for attention, and `turned`, a transposed matrix."""
+    the residual stream, and `scratch`, for attention."""
     c = config
     V, C, T, L, F, H = c.vocab, c.n_embd, c.block_size, c.n_layer, c.n_hidden, c.n_head
 
@@ -142,7 +142,6 @@ def activations(config: GPTConfig) -> tuple[Tensor, ...]:
         Tensor("out", (N, C) if mhc else (0,)),
         *norm("f", c.norm_final, N),
         Tensor("scratch", (attention_scratch(c)[0],)),
-        Tensor("turned", (V * C if c.tied else 0,)),
         Tensor("logits", (N, V)),
         Tensor("logits_lse", (N,)),
         Tensor("loss", (N,)),
@@ -165,7 +164,6 @@ def activation_grads(config: GPTConfig) -> tuple[Tensor, ...]:
         Tensor("out", rows if mhc else (0,)),
         Tensor("h", rows),
         Tensor("qkv", (N, 3 * c.n_embd)),
-        Tensor("turned", (c.n_embd * max(3 * c.n_embd, c.n_hidden, 0 if c.tied else c.vocab),)),
         Tensor("row", (S if mhc else 0,)),  # a number per stream
         Tensor("scratch", (attention_scratch(c)[1],)),
         Tensor("att", (N, c.n_embd)),

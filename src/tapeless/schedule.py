@@ -115,7 +115,7 @@ def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callabl
             norm_forward(a.hf, a.meanf, a.rstdf, out, p.normf_w, p.normf_b, n, eps)
         hf = a.hf if norm_final else out
         if tied:
-            tied_head_forward(a.logits, a.turned, hf, p.wte, n)
+            tied_head_forward(a.logits, hf, p.wte, n)
         else:
             linear_forward(a.logits, hf, p.head, p.head[0, :0], n)
         if decoding:
@@ -150,7 +150,7 @@ def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
         if tied:
             tied_head_backward(dhf, g.wte, d.logits, hf, p.wte, n)
         else:
-            linear_backward(dhf, g.head, g.head[0, :0], d.turned, d.logits, hf, p.head, n)
+            linear_backward(dhf, g.head, g.head[0, :0], d.logits, hf, p.head, n)
         if norm_final:
             zero(dout, n)
             norm_backward(dout, g.normf_w, g.normf_b, d.h, out, a.meanf, a.rstdf, p.normf_w, n)
@@ -165,9 +165,9 @@ def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
                 zero(d.inp, n)
             df = d.f if mhc else d.x
             h2 = a.h2[l] if norm_mlp else y
-            linear_backward(d.v, g.w2[l], g.b2[l], d.turned, df, a.v[l], p.w2[l], n)
+            linear_backward(d.v, g.w2[l], g.b2[l], df, a.v[l], p.w2[l], n)
             activation_backward(d.u, d.v, a.u[l], n)
-            linear_backward(d.h, g.w1[l], g.b1[l], d.turned, d.u, h2, p.w1[l], n)
+            linear_backward(d.h, g.w1[l], g.b1[l], d.u, h2, p.w1[l], n)
             if norm_mlp:
                 mean, rstd = a.mean2[l], a.rstd2[l]
                 norm_backward(dy, g.norm2_w[l], g.norm2_b[l], d.h, y, mean, rstd, p.norm2_w[l], n)
@@ -184,14 +184,14 @@ def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
                 zero(d.inp, n)
             df = d.f if mhc else d.x
             h1 = a.h1[l] if norm_attn else x
-            linear_backward(d.att, g.wo[l], g.bo[l], d.turned, df, a.att[l], p.wo[l], n)
+            linear_backward(d.att, g.wo[l], g.bo[l], df, a.att[l], p.wo[l], n)
             if flash:
                 attention_backward(
                     d.qkv, d.scratch, d.att, a.att[l], a.lse[l], a.qkv[l], batch.starts, batch.sizes, tile
                 )
             else:
                 attention_backward(d.qkv, d.att, a.probs[l], a.qkv[l], batch.starts, batch.sizes)
-            linear_backward(d.h, g.wqkv[l], g.bqkv[l], d.turned, d.qkv, h1, p.wqkv[l], n)
+            linear_backward(d.h, g.wqkv[l], g.bqkv[l], d.qkv, h1, p.wqkv[l], n)
             if norm_attn:
                 mean, rstd = a.mean1[l], a.rstd1[l]
                 norm_backward(dx, g.norm1_w[l], g.norm1_b[l], d.h, x, mean, rstd, p.norm1_w[l], n)

@@ -145,11 +145,10 @@ def linear_forward(y, x, w, b, n):
         y[:n] += b
 
 
-def linear_backward(dx, dw, db, turned, dy, x, w, n):
+def linear_backward(dx, dw, db, dy, x, w, n):
     """dx = dy·wᵀ,  dw += xᵀ·dy,  db += Σ_t dy.
 
-    y_to = Σ_i x_ti w_io: each w_io meets every row, so its gradient is a sum over rows. `turned`
-    [I·O] is scratch for engines that keep wᵀ there (not used here).
+    y_to = Σ_i x_ti w_io: each w_io meets every row, so its gradient is a sum over rows.
     """
     np.matmul(dy[:n], w.T, out=dx[:n])
     dw += x[:n].T @ dy[:n]
@@ -157,10 +156,9 @@ def linear_backward(dx, dw, db, turned, dy, x, w, n):
         db += np.sum(dy[:n], axis=0)
 
 
-def tied_head_forward(logits, turned, x, wte, n):
+def tied_head_forward(logits, x, wte, n):
     """logits = x·wteᵀ: the token embedding read the other way;  x [N, C], wte [V, C], logits [N, V].
 
-    `turned` [V·C] is scratch for engines that keep wteᵀ there (not used here).
     Press and Wolf 2017, "Using the Output Embedding to Improve Language Models", arXiv:1608.05859.
     """
     np.matmul(x[:n], wte.T, out=logits[:n])

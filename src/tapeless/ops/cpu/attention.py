@@ -15,7 +15,7 @@ import numpy as np
 
 from tapeless.layout import ATTENTION_QUERIES, attention_keys
 from tapeless.ops.cpu.native import jit
-from tapeless.ops.cpu.product import make_products
+from tapeless.ops.cpu.product import make_product
 from tapeless.ops.cpu.simd import (
     LANES,
     collect,
@@ -161,7 +161,7 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
     B, TILE = ATTENTION_QUERIES, attention_keys(T)
     P, room = -(-K // B) * B, -(-T // B) * B  # a head's numbers and keys, with room for whole vectors
     scale = _f32(K**-0.5)
-    product, _ = make_products()
+    product = make_product()
 
     @jit
     def copy_rows(y, x, row, rows):
@@ -192,13 +192,11 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
                 copy_rows(v, values, start, n)
                 for i in range(0, n, B):
                     rows, end = min(B, n - i), i + B
-                    product(
-                        scores, room, matrix(qkv, (start + i) * 3 * C + h * K, rows, K, 3 * C),
-                        turned, room, rows, end, K, 3 * C, 1, 0,
-                    )  # fmt: skip
+                    queries = matrix(qkv, (start + i) * 3 * C + h * K, rows, K, 3 * C)
+                    product(scores, room, 0, 0, queries, 3 * C, 1, turned, room, 1, rows, end, K)
                     for r in range(rows):
                         lse[start + i + r, h] = softmax(scores, r, i + r + 1, end)
-                    product(mixed, P, scores, v, P, rows, P, end, room, 1, 0)
+                    product(mixed, P, 0, 0, scores, room, 1, v, P, 1, rows, P, end)
                     outputs = matrix(out, (start + i) * C + h * K, rows, K, C)
                     for r in range(rows):
                         for c in range(0, P, LANES):
@@ -255,18 +253,18 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
                         rows, wide = min(B, n - i), min(TILE, i + B - j)
                         copy_rows(q, queries, start + i, rows)
                         copy_rows(do, douts, start + i, rows)
-                        product(p, TILE, q, turned_k, TILE, rows, wide, K, P, 1, 0)
-                        product(ds, TILE, do, turned_v, TILE, rows, wide, K, P, 1, 0)
+                        product(p, TILE, 0, 0, q, P, 1, turned_k, TILE, 1, rows, wide, K)
+                        product(ds, TILE, 0, 0, do, P, 1, turned_v, TILE, 1, rows, wide, K)
                         for r in range(rows):
                             t = start + i + r
                             softmax_backward(p, ds, r, i + r + 1 - j, wide, outputs, do, t, lse[t, h], i + r)
-                        product(dq, P, ds, k, P, rows, P, wide, TILE, 1, 0)
+                        product(dq, P, 0, 0, ds, TILE, 1, k, P, 1, rows, P, wide)
                         for r in range(rows):
                             for c in range(0, P, LANES):
                                 before = load(dqueries, start + i + r, c) if j else splat(0.0)
                                 store(before + load(dq, r, c), dqueries, start + i + r, c)
-                        product(dk, P, ds, q, P, wide, P, rows, 1, TILE, 1)
-                        product(dv, P, p, do, P, wide, P, rows, 1, TILE, 1)
+                        product(dk, P, dk, P, ds, 1, TILE, q, P, 1, wide, P, rows)
+                        product(dv, P, dv, P, p, 1, TILE, do, P, 1, wide, P, rows)
                     for r in range(here):
                         for c in range(0, P, LANES):
                             store(load(dk, r, c), dkeys, start + j + r, c)

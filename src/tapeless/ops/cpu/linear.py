@@ -7,40 +7,41 @@ from collections.abc import Callable
 import numpy as np
 
 from tapeless.ops.cpu.native import jit
-from tapeless.ops.cpu.product import make_products
+from tapeless.ops.cpu.product import make_product
 
 _f32 = np.float32
-# Turning a large matrix costs about as much as multiplying this many rows by it.
-FEW = 4
+# For up to this many rows, multiplying by wᵀ costs less than turning w first.
+FEW = 2
 
 
 def make_ops() -> dict[str, Callable]:
     """The ops by name, to be compiled."""
     from tapeless.ops.cpu.simd import LANES
 
-    product, transpose = make_products()
+    product = make_product()
 
     @jit
-    def multiply(y, x, w, n, add):
-        """y = x·w, or y += x·w."""
+    def multiply(y, x, w, b, n):
+        """y = x·w + b, or without b if that is empty."""
         I, O = w.shape
-        if O >= LANES:
-            product(y, O, x, w, O, n, O, I, I, 1, add)
-        else:
+        if O < LANES:
             for t in range(n):
                 for o in range(O):
-                    y[t, o] = y[t, o] if add else _f32(0)
+                    y[t, o] = b[o] if b.size else _f32(0)
                 for i in range(I):
                     for o in range(O):
                         y[t, o] += x[t, i] * w[i, o]
+        elif b.size:
+            product(y, O, b, 0, x, I, 1, w, O, 1, n, O, I)
+        else:
+            product(y, O, 0, 0, x, I, 1, w, O, 1, n, O, I)
 
     @jit
-    def multiply_turned(y, turned, x, w, n):
+    def multiply_turned(y, x, w, n):
         """y = x·wᵀ"""
         I, O = w.shape
         if I >= LANES and n > FEW:
-            transpose(turned, w, I, O)
-            product(y, I, x, turned, I, n, I, O, O, 1, 0)
+            product(y, I, 0, 0, x, O, 1, w, 1, O, n, I, O)
         else:
             for t in range(n):
                 for i in range(I):
@@ -54,7 +55,7 @@ def make_ops() -> dict[str, Callable]:
         """w += xᵀ·y"""
         I, O = w.shape
         if O >= LANES:
-            product(w, O, x, y, O, I, O, n, 1, I, 1)
+            product(w, O, w, O, x, 1, I, y, O, 1, I, O, n)
         else:
             for i in range(I):
                 for t in range(n):
@@ -62,25 +63,21 @@ def make_ops() -> dict[str, Callable]:
                         w[i, o] += x[t, i] * y[t, o]
 
     def linear_forward(y, x, w, b, n):
-        if b.size:
-            for t in range(n):
-                for o in range(w.shape[1]):
-                    y[t, o] = b[o]
-        multiply(y, x, w, n, 1 if b.size else 0)
+        multiply(y, x, w, b, n)
 
-    def linear_backward(dx, dw, db, turned, dy, x, w, n):
-        multiply_turned(dx, turned, dy, w, n)
+    def linear_backward(dx, dw, db, dy, x, w, n):
+        multiply_turned(dx, dy, w, n)
         add_outer(dw, x, dy, n)
         if db.size:
             for t in range(n):
                 for o in range(w.shape[1]):
                     db[o] += dy[t, o]
 
-    def tied_head_forward(logits, turned, x, wte, n):
-        multiply_turned(logits, turned, x, wte, n)
+    def tied_head_forward(logits, x, wte, n):
+        multiply_turned(logits, x, wte, n)
 
     def tied_head_backward(dx, dwte, dlogits, x, wte, n):
-        multiply(dx, dlogits, wte, n, 0)
+        multiply(dx, dlogits, wte, wte[0, :0], n)
         add_outer(dwte, dlogits, x, n)
 
     return {

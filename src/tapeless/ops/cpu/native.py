@@ -32,7 +32,6 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 # What compiled code may call: the C library's mathematics, which every process has, and the routines.
 LIBRARY = {
     "tapeless_product",
-    "tapeless_transpose",
     "exp",
     "expf",
     "log",

@@ -1,101 +1,139 @@
-"""Matrix products by register tiles: one routine for y = x·w, dx = dy·wᵀ and dw += xᵀ·dy.
+"""Matrix products by register tiles: one routine for y = x·w + b, dx = dy·wᵀ and dw += xᵀ·dy.
 
-The routines are compiled once for the processor, into object code of their own that every program
-is linked with; what programs call are `product` and `transpose`, as made by `make_products`.
+The routine is compiled once for the processor, into object code of its own that every program is
+linked with. What programs call is the intrinsic that `make_product` makes; `matmul` calls it from
+Python, on all cores. It allocates nothing and keeps no state, so any number of threads may call it.
+
+Each y[r, c] is one chain of multiply-adds in the order of the sum, however large the product is and
+however it is cut into tiles: a row comes out the same, bit for bit, in any company and on any thread.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
-from tapeless.ops.cpu.native import jit
+import llvmlite.binding as llvm
+import numpy as np
+
+from tapeless.ops.cpu.native import jit, link_routines
 
 # The routines by name, and their number of arguments, all int64 (arrays by address).
-ROUTINES = {"product": 11, "transpose": 4}
+ROUTINES = {"product": 13}
+
+# A panel of w is copied to where it lies without gaps, unless w is small enough for the caches or too
+# few rows need it. Of a long sum, DEPTH terms at a time: 144 KB on the stack with AVX-512, in L2.
+DEPTH = 768
+LARGE = 1 << 16
+MANY = 32
+# Multiply-adds that are worth a part of their own, where threads share a product.
+PART = 20_000_000
 
 
 def make_routine(name: str) -> Callable:
     """The routine to compile.
 
-    product(y, ldy, x, w, ldw, m, n, k, step_row, step_i, add): y[r, c] (+)= Σ_i x[r, i]·w[i, c] for m
-    rows and n ≥ LANES columns, in rows of ldy and ldw numbers; x[r, i] is number r·step_row + i·step_i
-    of x, so the steps are (C, 1) for an x [·, C] as it is and (1, C) for its transpose.
-    transpose(y, x, m, n): y becomes xᵀ for an x [m, n].
+    product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
+    y[r, c] = start[r, c] + Σ_i x[r, i]·w[i, c]  for m rows, n ≥ LANES columns, k ≥ 1 terms. Rows of y
+    and start are ldy and ld_start numbers apart: start may be y itself, a bias (ld_start = 0), or begin
+    from zero (start = ld_start = 0). x[r, i] is number r·row + i·term of x, and w[i, c] number
+    i·w_term + c·column of w, so the steps are (C, 1) for a matrix [·, C] as it is and (1, C) for its
+    transpose; one of w's must be 1.
     """
-    from tapeless.ops.cpu import simd
+    from tapeless.ops.cpu import tiles
 
-    return _product(simd) if name == "product" else _transpose(simd)
+    return {"product": _product}[name](tiles)
 
 
-def _product(simd: Any) -> Callable:
-    LANES = simd.LANES
-    widest = 4 if simd.REGISTERS == 32 else 2
+def _product(tiles: Any) -> Callable:
+    LANES, WIDEST, TALLEST = tiles.LANES, tiles.WIDEST, tiles.TALLEST
+    tile, transpose_block, copy_one = tiles.tile, tiles.transpose_block, tiles.copy_one
+    panel_scratch = tiles.scratch(DEPTH * WIDEST * LANES)
 
-    def make_panel(vecs: int) -> Any:
-        """All rows of a panel of columns, in tiles that fill the registers, then in smaller ones."""
-        tall = min(8, (simd.REGISTERS - 2 - vecs) // vecs)
-        big, two, one = (simd.tile(rows, vecs) for rows in (tall, 2, 1))
+    @jit
+    def panel_width(left):
+        """Vectors of the next panel. One that is shifted to the left, to end with the row, needs its
+        neighbour in the same panel: so a panel of a single vector comes alone or first."""
+        if WIDEST == 2:
+            return 2 - left % 2
+        return 3 if left == 3 or left > 4 else min(left, 2)
 
-        def panel(y, ldy, c, x, w, ldw, m, k, step_row, step_i, shift, add):
-            r = 0
-            while r + tall <= m:
-                big(y, r * ldy + c, ldy, x, r * step_row, step_row, step_i, w, c, ldw, k, shift, add)
-                r += tall
-            while r + 2 <= m:
-                two(y, r * ldy + c, ldy, x, r * step_row, step_row, step_i, w, c, ldw, k, shift, add)
-                r += 2
-            if r < m:
-                one(y, r * ldy + c, ldy, x, r * step_row, step_row, step_i, w, c, ldw, k, shift, add)
+    @jit
+    def turn(y, x, ldx, m, n):
+        """y = xᵀ for y [m, n], n ≥ LANES."""
+        if m < LANES:
+            for c in range(n):
+                for r in range(m):
+                    copy_one(y, r * n + c, x, c * ldx + r)
+            return
+        for column in range(0, n, LANES):
+            c = min(column, n - LANES)  # the last blocks overlap their neighbours
+            for row in range(0, m, LANES):
+                r = min(row, m - LANES)
+                transpose_block(y, r * n + c, n, x, c * ldx + r, ldx)
 
-        return jit(panel, inline="always")
+    def all_rows(vecs, y, ldy, start, ld_start, x, row, term, w, ldw, m, k, shift):
+        """All rows of a panel, by tiles of nearly the same height."""
+        count = (m + TALLEST[vecs - 1] - 1) // TALLEST[vecs - 1]
+        rows = m // count
+        lower = count * (rows + 1) - m
+        rows += 1
+        while count > 0:
+            if count == lower:
+                rows -= 1
+            tile(rows, vecs, 0, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift)
+            y += 4 * rows * ldy
+            start += 4 * rows * ld_start
+            x += 4 * rows * row
+            count -= 1
 
-    panels = [make_panel(vecs) for vecs in range(1, widest + 1)]
-    panel1, panel2, panel3, panel4 = panels[0], panels[1], panels[2 % widest], panels[3 % widest]
+    panel = jit(all_rows, inline="always")  # in one module with `product`: each has its own tiles
 
-    def product(y, ldy, x, w, ldw, m, n, k, step_row, step_i, add):
-        left = (n + LANES - 1) // LANES
-        shift = left * LANES - n
-        c = 0
-        while left > 0:
-            vecs = min(left, widest)
-            # A vector that is shifted back must have its neighbour in the same tile.
-            if left - vecs == 1 and shift > 0:
-                vecs -= 1
-            moved = shift if left == vecs else 0
-            if vecs == 1:
-                panel1(y, ldy, c, x, w, ldw, m, k, step_row, step_i, moved, add)
-            elif vecs == 2:
-                panel2(y, ldy, c, x, w, ldw, m, k, step_row, step_i, moved, add)
-            elif widest > 2 and vecs == 3:
-                panel3(y, ldy, c, x, w, ldw, m, k, step_row, step_i, moved, add)
-            elif widest > 2:
-                panel4(y, ldy, c, x, w, ldw, m, k, step_row, step_i, moved, add)
-            c += vecs * LANES
-            left -= vecs
+    def product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
+        kept = panel_scratch()
+        turns = column != 1
+        keeps = not turns and m >= MANY and k * n > LARGE
+        blocks = (k + DEPTH - 1) // DEPTH if turns or keeps else 1
+        while blocks > 0:
+            deep = (k + blocks - 1) // blocks
+            c = 0
+            left = (n + LANES - 1) // LANES
+            over = left * LANES - n
+            while left > 0:
+                vecs = panel_width(left)
+                left -= vecs
+                shift = 0 if left else over
+                columns = vecs * LANES - shift
+                yc, sc, xr, rows = y + 4 * c, start + 4 * c if start else 0, x, m
+                wc, ldw = w + 4 * c * column, w_term
+                if turns:
+                    turn(kept, wc, column, deep, columns)
+                    wc, ldw = kept, columns
+                elif keeps:  # the first tile copies what it reads
+                    tall = TALLEST[vecs - 1]
+                    tile(tall, vecs, kept, yc, ldy, sc, ld_start, xr, row, term, wc, ldw, deep, shift)
+                    yc, sc, xr = yc + 4 * tall * ldy, sc + 4 * tall * ld_start, xr + 4 * tall * row
+                    rows -= tall
+                    wc, ldw = kept, columns
+                panel(vecs, yc, ldy, sc, ld_start, xr, row, term, wc, ldw, rows, deep, shift)
+                c += columns
+            x += 4 * deep * term
+            w += 4 * deep * w_term
+            start, ld_start = y, ldy
+            k -= deep
+            blocks -= 1
 
     return product
 
 
-def _transpose(simd: Any) -> Callable:
-    LANES, transpose_block, copy_one = simd.LANES, simd.transpose_block, simd.copy_one
-
-    def transpose(y, x, m, n):
-        whole_m, whole_n = m - m % LANES, n - n % LANES
-        for r in range(0, whole_m, LANES):
-            for c in range(0, whole_n, LANES):
-                transpose_block(y, c * m + r, m, x, r * n + c, n)
-        for r in range(m):
-            for c in range(whole_n if r < whole_m else 0, n):
-                copy_one(y, c * m + r, x, r * n + c)
-
-    return transpose
-
-
 @cache
-def make_products() -> tuple[Any, ...]:
-    """Intrinsics that call the routines, arrays in place of addresses: (product, transpose)."""
+def make_product() -> Any:
+    """An intrinsic that calls the routine, with arrays (or 0) in place of addresses."""
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
@@ -104,29 +142,98 @@ def make_products() -> tuple[Any, ...]:
 
     word = ir.IntType(64)
 
-    def call(name: str, kinds: tuple[Any, ...]) -> Any:
+    @intrinsic
+    def product(typing_context, y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
+        kinds = (y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k)
+
         def codegen(context, builder, signature, args):
             numbers = []
-            for kind, wanted, value in zip(kinds, signature.args, args, strict=True):
+            for kind, value in zip(signature.args, args, strict=True):
                 if isinstance(kind, types.Array):
-                    data = arrayobj.make_array(wanted)(context, builder, value).data
+                    data = arrayobj.make_array(kind)(context, builder, value).data
                     numbers.append(builder.ptrtoint(data, word))
                 else:
                     numbers.append(value)
             routine = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(ir.VoidType(), [word] * len(numbers)), f"tapeless_{name}"
+                builder.module, ir.FunctionType(ir.VoidType(), [word] * len(numbers)), "tapeless_product"
             )
             builder.call(routine, numbers)
             return context.get_dummy_value()
 
         return types.void(*(k if isinstance(k, types.Array) else types.int64 for k in kinds)), codegen
 
-    @intrinsic
-    def product(typing_context, y, ldy, x, w, ldw, m, n, k, step_row, step_i, add):
-        return call("product", (y, ldy, x, w, ldw, m, n, k, step_row, step_i, add))
+    return product
 
-    @intrinsic
-    def transpose(typing_context, y, x, m, n):
-        return call("transpose", (y, x, m, n))
 
-    return product, transpose
+# ---------------------------------------------------------------- from Python
+
+
+def matmul(y: np.ndarray, x: np.ndarray, w: np.ndarray, threads: int | None = None) -> None:
+    """y = x·w on some threads, by default as many as there are cores. The number changes no bit of y.
+
+    **Arguments:** y [m, n], x [m, k] and w [k, n] of float32; m, k ≥ 1 and n ≥ LANES, the numbers in a
+    vector. The rows of y must be contiguous, and those of w or of wᵀ; x may have any strides. y must not
+    overlap x or w. Raises `ValueError` for anything else but an overlap.
+    """
+    from tapeless.ops.cpu.simd import LANES
+
+    _check(y, x, w, LANES)
+    (m, k), n = x.shape, w.shape[1]
+    ldy, row, term, w_term, column = (s // 4 for s in (y.strides[0], *x.strides, *w.strides))
+    addresses = y.ctypes.data, x.ctypes.data, w.ctypes.data
+    routine = _routine()
+
+    def part(r: int, c: int, rows: int, columns: int) -> None:
+        ya, xa, wa = (
+            addresses[0] + 4 * (r * ldy + c),
+            addresses[1] + 4 * r * row,
+            addresses[2] + 4 * c * column,
+        )
+        routine(ya, ldy, 0, 0, xa, row, term, wa, w_term, column, rows, columns, k)
+
+    # Of the longer side, in whole vectors of columns, each thread takes the next part when it is ready.
+    size, unit = (m, 1) if m > n else (n // LANES, LANES)
+    threads = min(threads or os.cpu_count() or 1, size)
+    count = min(size, threads * max(1, min(8, m * n * k // (threads * PART))))
+    edges = [unit * (size * i // count) for i in range(count)] + [max(m, n)]
+    parts = ((a, 0, b - a, n) if m > n else (0, a, m, b - a) for a, b in pairwise(edges))
+    queue = iter(list(parts))
+
+    def work() -> None:
+        for each in queue:
+            part(*each)
+
+    others = [_pool(threads).submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        other.result()
+
+
+def _check(y: np.ndarray, x: np.ndarray, w: np.ndarray, lanes: int) -> None:
+    """Native code trusts what it is given."""
+    fits = all(a.dtype == np.float32 and a.ndim == 2 for a in (y, x, w))
+    fits = fits and y.shape == (x.shape[0], w.shape[1]) and x.shape[1] == w.shape[0]
+    fits = fits and 0 not in x.shape and w.shape[1] >= lanes
+    if (
+        not fits
+        or y.strides[1] != 4
+        or 4 not in w.strides
+        or any(s % 4 for a in (y, x, w) for s in a.strides)
+    ):
+        got = "; ".join(f"{a.dtype} {a.shape} in steps of {a.strides} bytes" for a in (y, x, w))
+        raise ValueError(
+            f"expected float32 y [m, n], x [m, k] and w [k, n] with m, k ≥ 1 and n ≥ {lanes}, the rows of y "
+            f"and of w or wᵀ contiguous; got {got}."
+        )
+
+
+@cache
+def _routine() -> Callable[..., None]:
+    link_routines()
+    address = llvm.address_of_symbol("tapeless_product")
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * ROUTINES["product"])(address)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "product")

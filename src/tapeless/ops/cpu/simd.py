@@ -1,4 +1,4 @@
-"""Explicit vectors for Numba: a portable vector type, and the register tiles of matrix products.
+"""Explicit vectors for Numba: a portable vector type.
 
 A vector is `LANES` floats in one register of the processor, a value like any other in the ops' code:
 `load` and `store` at the indices of an array, `+ - * /` and `>` between vectors and with scalars
@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -33,15 +32,15 @@ _FEATURES = processor()[1].split(",")
 LANES = 16 if "+avx512f" in _FEATURES else 8 if "+avx" in _FEATURES else 4
 REGISTERS = 32 if "+avx512f" in _FEATURES or "+neon" in _FEATURES else 16
 
-_I1, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_VEC, _MASK, _WORDS = (ir.VectorType(t, LANES) for t in (_F32, _I1, _I32))
+I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VEC, MASK, WORDS = (ir.VectorType(t, LANES) for t in (F32, I1, I32))
 
 
 def _all(value: float) -> ir.Constant:
-    return ir.Constant(_VEC, [value] * LANES)
+    return ir.Constant(VEC, [value] * LANES)
 
 
-_ZERO = _all(0.0)
+ZERO = _all(0.0)
 _INFINITY = float("inf")
 
 
@@ -57,14 +56,14 @@ mask = _Type(f"mask{LANES}")
 @register_model(_Type)
 class _Model(models.PrimitiveModel):
     def __init__(self, manager, kind):
-        super().__init__(manager, kind, _VEC if kind is vector else _MASK)
+        super().__init__(manager, kind, VEC if kind is vector else MASK)
 
 
 # ---------------------------------------------------------------- building blocks in LLVM's terms
 
 
-def _const(n: int) -> ir.Constant:
-    return ir.Constant(_I64, n)
+def constant(n: int) -> ir.Constant:
+    return ir.Constant(I64, n)
 
 
 def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -72,38 +71,30 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, f"llvm.fmuladd.v{LANES}f32", _VEC, [a, b, c])
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, f"llvm.fmuladd.v{LANES}f32", VEC, [a, b, c])
 
 
-def _floats(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, _F32.as_pointer())
-
-
-def _vector_at(builder: Any, data: Any, index: Any) -> Any:
-    return builder.bitcast(builder.gep(data, [index]), _VEC.as_pointer())
-
-
-def _splat(builder: Any, scalar: Any) -> Any:
+def broadcast(builder: Any, scalar: Any) -> Any:
     undef = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
-    one = builder.insert_element(undef, scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(one, undef, ir.Constant(_WORDS, [0] * LANES))
+    one = builder.insert_element(undef, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, undef, ir.Constant(WORDS, [0] * LANES))
 
 
 def _shuffle(builder: Any, value: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(value, value, ir.Constant(_WORDS, lanes))
+    return builder.shuffle_vector(value, value, ir.Constant(WORDS, lanes))
 
 
 def _lanes_below(builder: Any, count: Any) -> Any:
     """The mask of lanes 0 … count − 1."""
-    numbers = ir.Constant(_WORDS, list(range(LANES)))
-    return builder.icmp_signed("<", numbers, _splat(builder, builder.trunc(count, _I32)))
+    numbers = ir.Constant(WORDS, list(range(LANES)))
+    return builder.icmp_signed("<", numbers, broadcast(builder, builder.trunc(count, I32)))
 
 
 def _as_vector(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     if kind is vector:
         return value
-    return _splat(builder, context.cast(builder, value, kind, types.float32))
+    return broadcast(builder, context.cast(builder, value, kind, types.float32))
 
 
 # ---------------------------------------------------------------- operators
@@ -177,8 +168,8 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> tup
     item = cgutils.get_item_pointer2(
         context, builder, made.data, shape, strides, kind.layout, index, wraparound=False
     )
-    full = builder.icmp_unsigned("==", builder.urem(shape[-1], _const(LANES)), _const(0))
-    return builder.bitcast(item, _VEC.as_pointer()), builder.sub(shape[-1], index[-1]), full
+    full = builder.icmp_unsigned("==", builder.urem(shape[-1], constant(LANES)), constant(0))
+    return builder.bitcast(item, VEC.as_pointer()), builder.sub(shape[-1], index[-1]), full
 
 
 def _integers(context: Any, builder: Any, kinds: Any, packed: Any) -> list[Any]:
@@ -188,15 +179,15 @@ def _integers(context: Any, builder: Any, kinds: Any, packed: Any) -> list[Any]:
 
 def _load(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     place, left, full = _place(context, builder, kind, array, index)
-    whole = builder.or_(full, builder.icmp_signed(">=", left, _const(LANES)))
+    whole = builder.or_(full, builder.icmp_signed(">=", left, constant(LANES)))
     with builder.if_else(whole, likely=True) as (then, otherwise):
         with then:
             every, block = builder.load(place, align=4), builder.block
         with otherwise:
-            arguments = [place, ir.Constant(_I32, 4), _lanes_below(builder, left), _ZERO]
-            some = _call(builder, f"llvm.masked.load.v{LANES}f32.p0", _VEC, arguments)
+            arguments = [place, ir.Constant(I32, 4), _lanes_below(builder, left), ZERO]
+            some = _call(builder, f"llvm.masked.load.v{LANES}f32.p0", VEC, arguments)
             other = builder.block
-    result = builder.phi(_VEC)
+    result = builder.phi(VEC)
     result.add_incoming(every, block)
     result.add_incoming(some, other)
     return result
@@ -223,14 +214,14 @@ def store(typing_context, value, array, *index):
         place, left, full = _place(
             context, builder, sig.args[1], args[1], _integers(context, builder, kinds, args[2])
         )
-        whole = builder.or_(full, builder.icmp_signed(">=", left, _const(LANES)))
+        whole = builder.or_(full, builder.icmp_signed(">=", left, constant(LANES)))
         with builder.if_else(whole, likely=True) as (then, otherwise):
             with then:
                 builder.store(value, place, align=4)
             with otherwise:
                 name = f"llvm.masked.store.v{LANES}f32.p0"
                 some = _lanes_below(builder, left)
-                _call(builder, name, ir.VoidType(), [value, place, ir.Constant(_I32, 4), some])
+                _call(builder, name, ir.VoidType(), [value, place, ir.Constant(I32, 4), some])
         return context.get_dummy_value()
 
     return types.void(value, array, types.StarArgTuple.from_types(tuple(kinds))), codegen
@@ -249,8 +240,8 @@ def matrix(typing_context, array, offset, rows, columns, stride):
             view,
             data=builder.gep(data, [args[1]]),
             shape=[args[2], args[3]],
-            strides=[builder.mul(args[4], _const(4)), _const(4)],
-            itemsize=_const(4),
+            strides=[builder.mul(args[4], constant(4)), constant(4)],
+            itemsize=constant(4),
             meminfo=None,
         )
         return view._getvalue()
@@ -271,7 +262,7 @@ def splat(builder, x):
 @_intrinsic(vector, vector, vector, vector)
 def fma(builder, a, b, c):
     """a·b + c, rounded once where the processor has an instruction for it."""
-    return _fma(builder, a, b, c)
+    return multiply_add(builder, a, b, c)
 
 
 @_intrinsic(vector, vector, vector)
@@ -304,7 +295,7 @@ def _fold(builder: Any, value: Any, combine: Callable) -> Any:
     while half:
         value = combine(value, _shuffle(builder, value, [(i + half) % LANES for i in range(LANES)]))
         half //= 2
-    return builder.extract_element(value, ir.Constant(_I32, 0))
+    return builder.extract_element(value, ir.Constant(I32, 0))
 
 
 @_intrinsic(types.float32, vector)
@@ -326,7 +317,7 @@ def group_sum(builder, a, size):
     step = 1
     while step < LANES:
         together = builder.fadd(a, _shuffle(builder, a, [i ^ step for i in range(LANES)]))
-        a = builder.select(builder.icmp_signed("<", _const(step), size), together, a)
+        a = builder.select(builder.icmp_signed("<", constant(step), size), together, a)
         step *= 2
     return a
 
@@ -335,7 +326,7 @@ def _by_size(builder: Any, a: Any, size: Any, lanes: Callable[[int], list[int]])
     """One shuffle of several, chosen by a size that is a power of two: the compiler keeps that one."""
     step = 2
     while step <= LANES:
-        chosen = builder.icmp_signed("==", size, _const(step))
+        chosen = builder.icmp_signed("==", size, constant(step))
         a = builder.select(chosen, _shuffle(builder, a, lanes(step)), a)
         step *= 2
     return a
@@ -360,16 +351,16 @@ def collect(builder, a, size):
 def rounded(builder, a):
     """To the nearest whole number, for |a| < 2³¹."""
     if any(f in _FEATURES for f in ("+sse4.1", "+avx", "+neon")):
-        return _call(builder, f"llvm.rint.v{LANES}f32", _VEC, [a])
-    half = builder.select(builder.fcmp_ordered("<", a, _ZERO), _all(-0.5), _all(0.5))
-    return builder.sitofp(builder.fptosi(builder.fadd(a, half), _WORDS), _VEC)
+        return _call(builder, f"llvm.rint.v{LANES}f32", VEC, [a])
+    half = builder.select(builder.fcmp_ordered("<", a, ZERO), _all(-0.5), _all(0.5))
+    return builder.sitofp(builder.fptosi(builder.fadd(a, half), WORDS), VEC)
 
 
 @_intrinsic(vector, vector)
 def power_of_two(builder, n):
     """2ⁿ for whole n from −126 to 127: the float with n + 127 in the exponent's bits."""
-    biased = builder.add(builder.fptosi(n, _WORDS), ir.Constant(_WORDS, [127] * LANES))
-    return builder.bitcast(builder.shl(biased, ir.Constant(_WORDS, [23] * LANES)), _VEC)
+    biased = builder.add(builder.fptosi(n, WORDS), ir.Constant(WORDS, [127] * LANES))
+    return builder.bitcast(builder.shl(biased, ir.Constant(WORDS, [23] * LANES)), VEC)
 
 
 _ROOT_HALF = 0x3F3504F3  # ½√2 as float32
@@ -378,15 +369,15 @@ _ROOT_HALF = 0x3F3504F3  # ½√2 as float32
 @_intrinsic(vector, vector)
 def exponent(builder, x):
     """The k for which 2⁻ᵏ·x lies between ½√2 and √2, for positive normal x."""
-    above = builder.sub(builder.bitcast(x, _WORDS), ir.Constant(_WORDS, [_ROOT_HALF] * LANES))
-    return builder.sitofp(builder.ashr(above, ir.Constant(_WORDS, [23] * LANES)), _VEC)
+    above = builder.sub(builder.bitcast(x, WORDS), ir.Constant(WORDS, [_ROOT_HALF] * LANES))
+    return builder.sitofp(builder.ashr(above, ir.Constant(WORDS, [23] * LANES)), VEC)
 
 
 @_intrinsic(vector, vector)
 def rsqrt_guess(builder, x):
     """x^-½ to 3.5 %, by halving the exponent (Lomont 2003, "Fast inverse square root")."""
-    halved = builder.lshr(builder.bitcast(x, _WORDS), ir.Constant(_WORDS, [1] * LANES))
-    return builder.bitcast(builder.sub(ir.Constant(_WORDS, [0x5F375A86] * LANES), halved), _VEC)
+    halved = builder.lshr(builder.bitcast(x, WORDS), ir.Constant(WORDS, [1] * LANES))
+    return builder.bitcast(builder.sub(ir.Constant(WORDS, [0x5F375A86] * LANES), halved), VEC)
 
 
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
@@ -445,109 +436,18 @@ def rsqrt(x):
     return fma(y, e * fma(e, 0.375, 0.5), y)
 
 
-# ---------------------------------------------------------------- matrix products
+# ---------------------------------------------------------------- transposes
 
 
-@cache
-def tile(rows: int, vecs: int) -> Any:
-    """An intrinsic: the register tile  y[r, c] (+)= Σ_i x[r, i]·w[i, c]  of `rows` rows and `vecs` vectors.
-
-    tile(y, at, ldy, x, from, step_row, step_i, w, column, ldw, k, shift, add): y, x and w are
-    addresses; `at`, `from` and `column` the indices of the tile's first elements from there; x is read at
-    from + r·step_row + i·step_i, so that xᵀ does as well. The last vector lies `shift` to the left
-    of where it would follow, to end with the row; what it shares with the one before is computed
-    twice and stored alike. `add` begins from y instead of from zero. k ≥ 1.
-    """
-
-    @intrinsic
-    def kernel(typing_context, y, at, ldy, x, first, step_row, step_i, w, column, ldw, k, shift, add):
-        def codegen(context, builder, signature, args):
-            ydata, xdata, wdata = (_floats(builder, args[i]) for i in (0, 3, 7))
-            _, at, ldy, _, first, step_row, step_i, _, column, ldw, k, shift, add = args
-            places = [_const(c * LANES) for c in range(vecs)]
-            places[-1] = builder.sub(places[-1], shift)
-            outputs = [
-                [
-                    _vector_at(
-                        builder, ydata, builder.add(builder.add(at, builder.mul(ldy, _const(r))), place)
-                    )
-                    for place in places
-                ]
-                for r in range(rows)
-            ]
-            adding = builder.icmp_signed("!=", add, ir.Constant(add.type, 0))
-            initial = [
-                [builder.select(adding, builder.load(pointer, align=4), _ZERO) for pointer in row]
-                for row in outputs
-            ]
-            row_starts = [builder.add(first, builder.mul(step_row, _const(r))) for r in range(rows)]
-            before = builder.block
-            loop, done = builder.append_basic_block("tile"), builder.append_basic_block("done")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            i = builder.phi(_I64)
-            i.add_incoming(_const(0), before)
-            sums = [[builder.phi(_VEC) for _ in range(vecs)] for _ in range(rows)]
-            row_of_w = builder.add(column, builder.mul(i, ldw))
-            weights = [
-                builder.load(_vector_at(builder, wdata, builder.add(row_of_w, place)), align=4)
-                for place in places
-            ]
-            offset = builder.mul(i, step_i)
-            new = []
-            for r in range(rows):
-                scalar = builder.load(builder.gep(xdata, [builder.add(row_starts[r], offset)]))
-                factor = _splat(builder, scalar)
-                new.append([_fma(builder, factor, weights[c], sums[r][c]) for c in range(vecs)])
-            following = builder.add(i, _const(1))
-            i.add_incoming(following, loop)
-            for r in range(rows):
-                for c in range(vecs):
-                    sums[r][c].add_incoming(initial[r][c], before)
-                    sums[r][c].add_incoming(new[r][c], loop)
-            builder.cbranch(builder.icmp_signed("<", following, k), loop, done)
-            builder.position_at_end(done)
-            for r in range(rows):
-                for c in range(vecs):
-                    builder.store(new[r][c], outputs[r][c], align=4)
-            return context.get_dummy_value()
-
-        n = types.int64
-        return types.void(*[n] * 13), codegen
-
-    return kernel
-
-
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """LANES vectors as the columns of a block instead of its rows: log₂ LANES rounds of interleaving rows
     r and r + LANES/2."""
     half = LANES // 2
     pairs = [i for k in range(LANES) for i in (k, k + LANES)]
-    low, high = (ir.Constant(_WORDS, part) for part in (pairs[:LANES], pairs[LANES:]))
+    low, high = (ir.Constant(WORDS, part) for part in (pairs[:LANES], pairs[LANES:]))
     for _ in range(LANES.bit_length() - 1):
         rows = [builder.shuffle_vector(rows[r], rows[r + half], m) for r in range(half) for m in (low, high)]
     return rows
-
-
-@intrinsic
-def transpose_block(typing_context, y, at, ldy, x, first, ldx):
-    """y[c, r] = x[r, c] for LANES × LANES numbers, from and to these indices after the addresses x and y."""
-
-    def codegen(context, builder, signature, args):
-        ydata, xdata = (_floats(builder, args[i]) for i in (0, 3))
-        _, at, ldy, _, first, ldx = args
-        rows = [
-            builder.load(_vector_at(builder, xdata, builder.add(first, builder.mul(ldx, _const(r)))), align=4)
-            for r in range(LANES)
-        ]
-        for r, row in enumerate(_transposed(builder, rows)):
-            builder.store(
-                row, _vector_at(builder, ydata, builder.add(at, builder.mul(ldy, _const(r)))), align=4
-            )
-        return context.get_dummy_value()
-
-    n = types.int64
-    return types.void(*[n] * 6), codegen
 
 
 @intrinsic
@@ -559,27 +459,13 @@ def transpose_rows(typing_context, y, row, column, x, first_row, last_row, first
         y, row, column, x, first_row, last_row, first_column = args
         rows = []
         for r in range(LANES):
-            wanted = builder.add(first_row, _const(r))
+            wanted = builder.add(first_row, constant(r))
             wanted = builder.select(builder.icmp_signed("<", wanted, last_row), wanted, last_row)
             rows.append(_load(context, builder, sig.args[3], x, [wanted, first_column]))
-        for c, turned in enumerate(_transposed(builder, rows)):
-            place, _, _ = _place(context, builder, sig.args[0], y, [builder.add(row, _const(c)), column])
+        for c, turned in enumerate(transposed(builder, rows)):
+            place, _, _ = _place(context, builder, sig.args[0], y, [builder.add(row, constant(c)), column])
             builder.store(turned, place, align=4)
         return context.get_dummy_value()
 
     n = types.int64
     return types.void(y, n, n, x, n, n, n), codegen
-
-
-@intrinsic
-def copy_one(typing_context, y, at, x, first):
-    """y[at] = x[first], counted from the addresses y and x."""
-
-    def codegen(context, builder, signature, args):
-        y, at, x, first = args
-        value = builder.load(builder.gep(_floats(builder, x), [first]))
-        builder.store(value, builder.gep(_floats(builder, y), [at]))
-        return context.get_dummy_value()
-
-    n = types.int64
-    return types.void(n, n, n, n), codegen
