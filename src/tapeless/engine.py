@@ -44,7 +44,9 @@ ENGINES = ("cpu", "reference")
 _FLAT = (Tensor("grads", ("P",)),)  # this thread's
 _RESULT = (Tensor("loss", (1,), "float64"),)  # of this thread's share
 _TEAM = (
-    Tensor("mine", (3,), "int64"),  # which thread this is, and where its part of the parameters begins and ends
+    Tensor(
+        "mine", (3,), "int64"
+    ),  # which thread this is, and where its part of the parameters begins and ends
     Tensor("grads", ("P",)),  # the first thread's, to which the others' are added
     Tensor("others", ("O", "P")),
     # Of each thread, in rows of a cache line, so that nobody waits for a line that another one writes:
@@ -219,7 +221,8 @@ def check_memory(
     if needed > total:
         raise ConfigError(
             f"this needs {needed / 1e9:,.1f} GB of memory ({n_params(config):,} parameters, batches of up to "
-            f"{batch_size * config.block_size:,} tokens) but the machine has {total / 1e9:,.1f} GB: choose smaller sizes."
+            f"{batch_size * config.block_size:,} tokens) but the machine has {total / 1e9:,.1f} GB: "
+            "choose smaller sizes."
         )
 
 
@@ -279,8 +282,8 @@ class Engine:
     def reserve(self, tokens: int, documents: int, threads: int = 1) -> None:
         """Make room for batches of this size on each of so many threads."""
         wanted = (tokens, documents, threads)
-        n, d, k = capacity = tuple(max(pair) for pair in zip(self._capacity, wanted, strict=True))
-        if capacity == self._capacity:
+        n, d, k = (max(pair) for pair in zip(self._capacity, wanted, strict=True))
+        if (n, d, k) == self._capacity:
             return
         others = self._others
         if k > 1 + len(others):
@@ -299,7 +302,7 @@ class Engine:
             )
             for g, flat in zip(views, flats, strict=True)
         ]
-        self._others, self._capacity = others, capacity
+        self._others, self._capacity = others, (n, d, k)
         self._teams.clear()
         _, _, self.a, self.d, self.batch, self._result = self._own[0]
 
@@ -333,9 +336,7 @@ class Engine:
         others = [opt._replace(powers=opt.powers.copy()) for _ in range(threads - 1)]
         return [
             each._replace(segments=cut_segments(opt.segments, first, end))
-            for each, (first, end) in zip(
-                (opt, *others), parts(self.params.size, threads), strict=True
-            )
+            for each, (first, end) in zip((opt, *others), parts(self.params.size, threads), strict=True)
         ]
 
     @cached_property

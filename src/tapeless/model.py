@@ -24,9 +24,9 @@ class GPT:
     """A GPT with its weights, on an engine.
 
     `engine` is "cpu" (compiled, float32) or "reference" (NumPy, float64 unless `dtype="float32"`).
-    `threads` share the documents of large batches; None is as many as there are processors, or one
-    where a batch is too small for that to pay. `seed` draws the initial weights by `config.init`; it may be a generator to go on with, or None
-    to leave all weights zero. `tokenizer` lets `generate` speak text.
+    `seed` draws the initial weights by `config.init`; it may be a generator to go on with, or None
+    to leave all weights zero. `threads` share the documents of a batch; None is as many as there
+    are processors, or one for small batches. `tokenizer` lets `generate` speak text.
 
     Raises `ConfigError` for an unknown engine or dtype, a seed or number of threads that is none, a
     config without `vocab_size`, or one that does not fit in memory.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from queue import SimpleQueue
 
 from tapeless.config import GPTConfig, whole
 from tapeless.layout import n_params
 
 MAX_THREADS = 1024
-# Parameters times tokens of a step below which a second thread costs more than it brings.
-WORTHWHILE = 1_000_000
+# Parameters times tokens of a step from which more threads pay: some 100 µs of one thread's work. They
+# meet two or three times a step, and all wait for any that the system holds up.
+WORTHWHILE = 8_000_000
 
 
 def team_size(config: GPTConfig, documents: int, threads: int | None) -> int:
@@ -45,9 +47,8 @@ def check_threads(engine: str, threads: int | None) -> int | None:
 
 
 def shares(documents: int, threads: int) -> list[tuple[int, int]]:
-    """The first and the last + 1 document of each thread: as evenly as can be, ⌈documents/threads⌉ at most."""
-    bounds = [k * documents // threads for k in range(threads + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    """Where each thread's documents begin and end: evenly, so none has more than ⌈documents/threads⌉."""
+    return list(pairwise(k * documents // threads for k in range(threads + 1)))
 
 
 def parts(size: int, threads: int) -> list[tuple[int, int]]:

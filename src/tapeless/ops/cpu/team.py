@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import llvmlite.binding as llvm
 
@@ -10,7 +11,7 @@ from tapeless.ops.cpu.native import YIELD
 
 # Looks at another thread's counter before giving the processor to whoever else wants it: some tens
 # of µs, so that a thread that is held up, or has no processor, costs the others little.
-PATIENCE = 2000
+PATIENCE = 1000
 
 
 def make_ops() -> dict[str, Callable]:
@@ -25,7 +26,9 @@ def make_ops() -> dict[str, Callable]:
 
     def counter(context, builder, kind, arrivals, row):
         array = arrayobj.make_array(kind)(context, builder, arrivals)
-        return cgutils.get_item_pointer(context, builder, kind, array, [row, context.get_constant(types.intp, 0)])
+        return cgutils.get_item_pointer(
+            context, builder, kind, array, [row, context.get_constant(types.intp, 0)]
+        )
 
     @intrinsic
     def store(typing_context, arrivals, row, value):
@@ -67,6 +70,8 @@ def make_ops() -> dict[str, Callable]:
 
         return types.void(types.int64), codegen
 
+    write, read, pause = cast(Any, (store, load, rest))  # their signatures are not a type checker's
+
     def wait(arrivals, index):
         """Wait until every thread has come here as often as this one, thread `index`.
 
@@ -74,11 +79,11 @@ def make_ops() -> dict[str, Callable]:
         resetting. What any thread wrote before its wait, all can read after theirs.
         """
         here = arrivals[index, 0] + 1
-        store(arrivals, index, here)
+        write(arrivals, index, here)
         for other in range(arrivals.shape[0]):
             spins = 0
-            while load(arrivals, other) < here:
-                rest(spins)
+            while read(arrivals, other) < here:
+                pause(spins)
                 spins += 1
 
     return {"wait": wait, "gather": gather, "total": total}
