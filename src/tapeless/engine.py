@@ -43,30 +43,28 @@ ENGINES = ("cpu", "reference")
 # a step (or tokens a sample), U uniforms, W threads (workers), O of them all but the first.
 _FLAT = (Tensor("grads", ("P",)),)  # this thread's
 _RESULT = (Tensor("loss", (1,), "float64"),)  # of this thread's share
+# A thread adds up all threads' gradients of its own part of the parameters, Q of them, and updates it.
 _TEAM = (
-    Tensor(
-        "mine", (3,), "int64"
-    ),  # which thread this is, and where its part of the parameters begins and ends
-    Tensor("grads", ("P",)),  # the first thread's, to which the others' are added
-    Tensor("others", ("O", "P")),
-    # Of each thread, in rows of a cache line, so that nobody waits for a line that another one writes:
+    Tensor("mine", (2,), "int64"),  # which thread this is, and where its part begins
+    Tensor("grads", ("Q",)),  # its part of the first thread's gradients: the sum
+    Tensor("others", ("O", "P")),  # the other threads' gradients
+    # Of each thread, a cache line apart, so that nobody waits for a line that another one writes:
     Tensor("arrivals", ("W", 8), "int64"),  # how often it has come to a place where all meet
-    Tensor("losses", ("W", 8), "float64"),  # of its share
     Tensor("squares", ("W", 8), "float64"),  # the squared norm of its part of the gradient
 )
 _OPTIMISER = (
-    Tensor("params", ("P",)),
-    Tensor("m", ("P",)),
-    Tensor("v", ("P",)),
+    Tensor("params", ("Q",)),
+    Tensor("m", ("Q",)),
+    Tensor("v", ("Q",)),
     Tensor("powers", (2,), "float64"),
-    Tensor("segments", ("R", 3), "int64"),  # of this thread's part: see layout.decay_segments
+    Tensor("segments", ("R", 3), "int64"),
     Tensor("constants", (6,), "float64"),  # beta1, beta2, eps, weight_decay, momentum, grad_clip
 )
 _DATA = (
     Tensor("stream", ("M",), "int32"),
     Tensor("spans", ("K", "B", 2), "int64"),
     Tensor("lrs", ("K",), "float64"),
-    Tensor("losses", ("K",), "float64"),
+    Tensor("losses", ("K",), "float64"),  # of this thread's share
 )
 _SAMPLES = (
     Tensor("tokens", ("K", "B"), "int32"),  # each row begins with the prompt
@@ -97,9 +95,8 @@ def _make_gradient(schedule: Schedule, ops: Any, block_size: int) -> Callable:
         flat.grads[:] = 0
         result.loss[0] = forward(p, a, batch)
         backward(p, g, a, d, batch)
-        if team.arrivals.shape[0] > 1:
-            wait(team.arrivals, team.mine[0])
-            gather(team.grads, team.others, team.mine[1], team.mine[2])
+        wait(team.arrivals, team.mine[0])
+        gather(team.grads, team.others, team.mine[1])
 
     return gradient
 
@@ -109,45 +106,38 @@ def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -
     own; then it adds up all threads' gradients of its part of the parameters, and updates that."""
     forward, backward, pack = schedule.forward, schedule.backward, ops.pack
     adamw, sgd, global_norm = ops.adamw, ops.sgd, ops.global_norm
-    wait, gather, total = ops.wait, ops.gather, ops.total
+    wait, gather = ops.wait, ops.gather
 
     def train(groups):
         p, g, a, d, batch, flat, opt, data, team = groups
         beta1, beta2, eps = opt.constants[0], opt.constants[1], opt.constants[2]
         weight_decay, momentum, clip = opt.constants[3], opt.constants[4], opt.constants[5]
-        me, first, end = team.mine[0], team.mine[1], team.mine[2]
+        me, first = team.mine[0], team.mine[1]
         threads, documents = team.arrivals.shape[0], data.spans.shape[1]
         begin, stop = me * documents // threads, (me + 1) * documents // threads
         for k in range(data.losses.shape[0]):
             pack(batch, data.stream, data.spans[k], begin, stop)
             flat.grads[:] = 0
-            loss = forward(p, a, batch)
+            data.losses[k] = forward(p, a, batch)
             backward(p, g, a, d, batch)
-            if threads > 1:
-                team.losses[me, 0] = loss
-                wait(team.arrivals, me)
-                loss = total(team.losses)
-                gather(team.grads, team.others, first, end)
-            if me == 0:
-                data.losses[k] = loss
+            wait(team.arrivals, me)
+            gather(team.grads, team.others, first)
             lr, scale = data.lrs[k], 1.0
             if clip > 0:
-                norm = global_norm(team.grads[first:end])
-                if threads > 1:
-                    team.squares[me, 0] = norm * norm
-                    wait(team.arrivals, me)
-                    norm = np.sqrt(total(team.squares))
-                scale = min(1.0, clip / (norm + 1e-6))
+                team.squares[me, 0] = global_norm(team.grads) ** 2
+                wait(team.arrivals, me)
+                square = 0.0
+                for thread in range(threads):
+                    square += team.squares[thread, 0]
+                scale = min(1.0, clip / (np.sqrt(square) + 1e-6))
             if adaptive:
                 adamw(
                     opt.params, team.grads, opt.m, opt.v, opt.powers, opt.segments,
                     lr, beta1, beta2, eps, weight_decay, scale,
                 )  # fmt: skip
             else:
-                P, G, M = opt.params[first:end], team.grads[first:end], opt.m[first:end]
-                sgd(P, G, M, lr, momentum, scale)
-            if threads > 1:
-                wait(team.arrivals, me)
+                sgd(opt.params, team.grads, opt.m, lr, momentum, scale)
+            wait(team.arrivals, me)
 
     return train
 
@@ -313,13 +303,11 @@ class Engine:
     def _team(self, threads: int) -> list[Any]:
         """The group `team` of each thread."""
         if threads not in self._teams:
-            counts, *sums = (aligned_zeros(64 * threads).reshape(threads, -1) for _ in range(3))
-            shared = self.grads, self._others[: threads - 1], counts.view(np.int64)
+            arrivals, squares = (aligned_zeros(64 * threads).reshape(threads, -1) for _ in range(2))
+            shared = self._others[: threads - 1], arrivals.view(np.int64), squares.view(np.float64)
             self._teams[threads] = [
-                view_class("team", _TEAM)(
-                    np.array([k, *part], np.int64), *shared, *(s.view(np.float64) for s in sums)
-                )
-                for k, part in enumerate(parts(self.grads.size, threads))
+                view_class("team", _TEAM)(np.array([k, first]), self.grads[first:end], *shared)
+                for k, (first, end) in enumerate(parts(self.grads.size, threads))
             ]
         return self._teams[threads]
 
@@ -332,12 +320,13 @@ class Engine:
 
     def _optimisers(self, threads: int) -> list[Any]:
         """The group `opt` of each thread: its part of the parameters, and running products of its own."""
-        opt = self.optimiser
-        others = [opt._replace(powers=opt.powers.copy()) for _ in range(threads - 1)]
-        return [
-            each._replace(segments=cut_segments(opt.segments, first, end))
-            for each, (first, end) in zip((opt, *others), parts(self.params.size, threads), strict=True)
-        ]
+        opt, optimisers = self.optimiser, []
+        for k, (first, end) in enumerate(parts(self.params.size, threads)):
+            params, m, v = (flat[first:end] for flat in (opt.params, opt.m, opt.v))
+            powers = opt.powers.copy() if k else opt.powers
+            segments = cut_segments(opt.segments, first, end)
+            optimisers.append(view_class("opt", _OPTIMISER)(params, m, v, powers, segments, opt.constants))
+        return optimisers
 
     @cached_property
     def _decoding(self) -> tuple[Any, Any]:
@@ -449,18 +438,18 @@ class Engine:
         bounds = shares(spans.shape[1], threads)
         largest = max(int(spans[:, begin:end, 1].sum(1).max()) for begin, end in bounds)
         self.reserve(largest, max(end - begin for begin, end in bounds), threads)
-        losses = np.empty(len(spans))
-        data = view_class("data", _DATA)(stream, np.ascontiguousarray(spans), np.asarray(lrs), losses)
+        losses = np.empty((threads, len(spans)))
+        data = view_class("data", _DATA)(stream, np.ascontiguousarray(spans), np.asarray(lrs), losses[0])
         self._run(
             optimiser,
             [
-                (self.p, own.g, own.a, own.d, own.batch, own.flat, opt, data, team)
-                for own, opt, team in zip(
-                    self._own[:threads], self._optimisers(threads), self._team(threads), strict=True
+                (self.p, own.g, own.a, own.d, own.batch, own.flat, opt, data._replace(losses=part), team)
+                for own, opt, team, part in zip(
+                    self._own[:threads], self._optimisers(threads), self._team(threads), losses, strict=True
                 )
             ],
         )
-        return losses
+        return sum(losses[1:], start=losses[0])
 
     def _run(self, name: str, calls: Sequence[tuple[Any, ...]]) -> None:
         """Run a program on one thread for each of `calls`."""

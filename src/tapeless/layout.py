@@ -287,9 +287,9 @@ def decay_segments(config: GPTConfig) -> np.ndarray:
 
 
 def cut_segments(segments: np.ndarray, first: int, end: int) -> np.ndarray:
-    """What of the segments lies between these bounds."""
+    """The segments of the part of the buffer between these bounds, counted from its beginning."""
     inside = segments.copy()
-    inside[:, :2] = segments[:, :2].clip(first, end)
+    inside[:, :2] = segments[:, :2].clip(first, end) - first
     return inside[inside[:, 0] < inside[:, 1]]
 
 

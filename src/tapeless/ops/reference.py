@@ -555,11 +555,6 @@ def wait(arrivals, index):
     """Wait until every thread has come here as often as this one, thread `index`;  arrivals [threads, ·]."""
 
 
-def gather(grads, others, first, end):
-    """grads[first:end] += Σ_k others[k, first:end]: the other threads' gradients."""
-    grads[first:end] += np.sum(others[:, first:end], axis=0)
-
-
-def total(parts):
-    """Σ_k parts[k, 0]: what each thread has of a number;  parts [threads, ·]."""
-    return np.sum(parts[:, 0])
+def gather(grads, others, first):
+    """grads += Σ_k others[k]: the other threads' gradients [·, P] of the part that begins at `first`."""
+    grads += np.sum(others[:, first : first + len(grads)], axis=0)
