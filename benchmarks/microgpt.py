@@ -51,7 +51,7 @@ def step_seconds(engine: str, steps: int, repeats: int) -> float:
         losses = model.engine.train(corpus.stream, spans, rates)
         seconds.append((time.perf_counter() - began) / steps)
     assert np.isfinite(losses).all()
-    print(f"  ({uses(engine, model.engine.dtype)})")
+    print(f"  ({uses(engine, model.engine.dtype, model.engine.team(1))})")
     return statistics.median(seconds)
 
 

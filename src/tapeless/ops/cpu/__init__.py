@@ -21,7 +21,7 @@ from tapeless.ops.cpu.native import jit
 def make_ops(config: GPTConfig) -> Any:
     """Every op that this model may need, compiled on first use."""
     # Imported here since they import Numba, which a process whose programs are in the cache never needs.
-    from tapeless.ops.cpu import activation, attention, embed, linear, loss, mhc, norm, optim
+    from tapeless.ops.cpu import activation, attention, barrier, embed, linear, loss, mhc, norm, optim
 
     functions: dict[str, Callable] = {
         name: function
@@ -32,4 +32,5 @@ def make_ops(config: GPTConfig) -> Any:
     functions |= linear.make_ops()
     functions |= attention.make_ops(config.head_dim, config.block_size)
     functions["pack"] = reference.pack  # plain loops already
-    return SimpleNamespace(**{name: jit(function) for name, function in functions.items()})
+    ops = {name: jit(function) for name, function in functions.items()}
+    return SimpleNamespace(**ops, wait=barrier.make_wait())

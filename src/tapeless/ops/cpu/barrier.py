@@ -1,0 +1,72 @@
+"""Where the threads of a step wait for each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from tapeless.ops.cpu.native import YIELD
+
+# Looks at another thread's counter before giving the processor to whoever else wants it: some tens
+# of µs, so that a thread that is held up, or has no processor, costs the others little.
+PATIENCE = 1000
+
+
+def make_wait() -> Any:
+    """The op `wait`, as an intrinsic.
+
+    Counters only grow, so nothing needs resetting. Writing one's own counter releases what this
+    thread wrote before, and reading another's acquires what that thread wrote before it came.
+    """
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+    from numba.np import arrayobj
+
+    word = ir.IntType(64)
+    x86 = llvm.get_default_triple().startswith(("x86_64", "i686"))
+
+    @intrinsic
+    def wait(typing_context, arrivals, index):
+        def codegen(context, builder, signature, args):
+            kind = signature.args[0]
+            table = arrayobj.make_array(kind)(context, builder, args[0])
+            threads = cgutils.unpack_tuple(builder, table.shape)[0]
+
+            def counter(row: Any) -> Any:
+                return cgutils.get_item_pointer(context, builder, kind, table, [row, word(0)])
+
+            def call(name: str, result: Any) -> None:
+                function = ir.FunctionType(result, [])
+                builder.call(cgutils.get_or_insert_function(builder.module, function, name), [])
+
+            mine = counter(args[1])
+            here = builder.add(builder.load(mine), word(1))
+            builder.store_atomic(here, mine, "release", 8)
+            with cgutils.for_range(builder, threads) as loop:
+                other = counter(loop.index)
+                looks = cgutils.alloca_once_value(builder, word(0))
+                builder.store(word(0), looks)
+                look, rest, there = (builder.append_basic_block(name) for name in ("look", "rest", "there"))
+                builder.branch(look)
+                builder.position_at_end(look)
+                missing = builder.icmp_signed("<", builder.load_atomic(other, "acquire", 8), here)
+                builder.cbranch(missing, rest, there)
+                builder.position_at_end(rest)
+                count = builder.load(looks)
+                builder.store(builder.add(count, word(1)), looks)
+                with builder.if_else(builder.icmp_signed("<", count, word(PATIENCE))) as (soon, late):
+                    with soon:
+                        if x86:
+                            call("llvm.x86.sse2.pause", ir.VoidType())
+                    with late:
+                        call(YIELD, ir.IntType(32))
+                builder.branch(look)
+                builder.position_at_end(there)
+            return context.get_dummy_value()
+
+        return types.void(arrivals, types.int64), codegen
+
+    return wait
