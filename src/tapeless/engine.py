@@ -197,6 +197,8 @@ class Engine:
     largest batch seen. Raises `ConfigError` for an unknown engine, or one that cannot do `dtype`.
     """
 
+    variant = ""  # of the CPU's ops: a word for the key of the programs compiled with them
+
     def __init__(self, config: GPTConfig, name: str = "cpu", dtype: str | None = None):
         self.config = config
         self.name = name
@@ -272,7 +274,7 @@ class Engine:
 
                 self._programs[name] = native.Program(
                     [native.Group(a, self._tensors(a)) for a in arguments],
-                    key=f"{name} {self.config!r}",
+                    key=f"{name} {self.variant} {self.config!r}",
                     build=lambda: self._build(make),
                     notice=self.notice,
                 )
@@ -281,9 +283,15 @@ class Engine:
     def _build(self, make: Callable) -> Callable:
         from tapeless.ops import cpu
 
-        ops = cpu.make_ops()
+        ops = self.make_ops()
         schedule = Schedule(*(cpu.jit(f, inline="always") for f in make_schedule(self.config, ops)))
         return cpu.jit(make(schedule, ops, self.config.block_size), inline="always")
+
+    def make_ops(self) -> Any:
+        """The CPU's ops that programs are compiled with."""
+        from tapeless.ops import cpu
+
+        return cpu.make_ops()
 
     def _tensors(self, argument: str) -> tuple[Tensor, ...]:
         return {
