@@ -102,7 +102,9 @@ def _make(chains: int, lanes: int) -> Callable:
 
         return types.void(types.int64, types.int64), codegen
 
+    loop: Any = multiply_adds  # called without a typing context
+
     def peak(turns, vectors):
-        multiply_adds(turns, vectors)
+        loop(turns, vectors)
 
     return peak

@@ -15,7 +15,7 @@ import numpy as np
 
 from tapeless.engine import Engine
 from tapeless.errors import ConfigError
-from tapeless.ops.cpu.native import jit, processor
+from tapeless.ops.cpu.native import jit
 
 # A family, and what the names of its ops have in common; the first that fits counts.
 _MARKS = {
@@ -48,7 +48,7 @@ class ProfiledEngine(Engine):
     variant = "profiled"
 
     def program(self, name: str) -> Callable:
-        if not processor_counts():
+        if not can_count():
             raise ConfigError("profiling reads the cycle counter of x86-64 processors; this one is another.")
         llvm.add_symbol(_SYMBOL, _counts.ctypes.data)
         return super().program(name)
@@ -57,7 +57,7 @@ class ProfiledEngine(Engine):
         return timed(super().make_ops())
 
 
-def processor_counts() -> bool:
+def can_count() -> bool:
     return llvm.get_default_triple().startswith("x86_64")
 
 
