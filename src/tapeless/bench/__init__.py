@@ -33,18 +33,30 @@ def bench(
             raise ConfigError(f"no benchmark is called {name!r}.{did_you_mean(name, CASES)}")
         if profile and name not in TRAINING:
             raise ConfigError(f"only training can be profiled, not {name!r}. Known: {', '.join(TRAINING)}.")
-    session = Session(seconds, say)
-    say("peak")
-    for threads in sorted({1, os.cpu_count() or 1}):
-        session.peak(threads)
-    results = []
+    session, peaks, results = Session(seconds, say), Peaks(), []
     for name in dict.fromkeys(names or (TRAINING if profile else CASES)):
         say(name)
+        peaks.measure()
         results.append({"case": name, "work": CASES[name].work} | _measured(CASES[name], session, profile))
-    return about() | {
-        "peak_gflops": {str(threads): peak for threads, peak in session.peaks.items()},
-        "cases": results,
-    }
+    for result in results:
+        if "gflops" in result:
+            result["fraction_of_peak"] = result["gflops"] / peaks.gflops[result["threads"]]
+    return about() | {"peak_gflops": peaks.gflops, "cases": results}
+
+
+class Peaks:
+    """GFLOP/s that one core and all cores can do: the best of all measurements, since what else the
+    machine does in the meantime takes some away."""
+
+    def __init__(self) -> None:
+        threads = {1, os.cpu_count() or 1, *(case.threads for case in TRAINING.values())}
+        self.gflops = dict.fromkeys(sorted(threads), 0.0)
+
+    def measure(self) -> None:
+        from tapeless.ops.cpu.peak import peak_gflops
+
+        for threads, best in self.gflops.items():
+            self.gflops[threads] = max(best, peak_gflops(threads))
 
 
 def _measured(case: Any, session: Session, profile: bool) -> dict[str, Any]:

@@ -26,23 +26,10 @@ Say = Callable[[str], None]
 
 @dataclass
 class Session:
-    """What measurements share: how long each goes on, and the peaks they are compared with."""
+    """How long each case is measured, and who hears of it."""
 
     seconds: float  # of repetitions, for each case
     say: Say
-    peaks: dict[int, float] = field(default_factory=dict)
-
-    def peak(self, threads: int) -> float:
-        """GFLOP/s that so many cores can do together, measured once."""
-        from tapeless.ops.cpu.peak import peak_gflops
-
-        if threads not in self.peaks:
-            self.peaks[threads] = peak_gflops(threads)
-        return self.peaks[threads]
-
-    def rate(self, flops: float, seconds: float, threads: int) -> dict[str, float]:
-        gflops = flops / seconds / 1e9
-        return {"gflops": gflops, "fraction_of_peak": gflops / self.peak(threads)}
 
     def repeat(self, measure: Callable[[], Any]) -> list[Any]:
         """What `measure` returned, called for as long as this session gives, three times at least."""
@@ -89,7 +76,7 @@ class TrainingCase:
         return {
             "us_per_step": min(times) / self.steps * 1e6,
             "tokens_per_step": float(work.spans[..., 1].sum() / self.steps),
-            **session.rate(work.flops, min(times), self.threads),
+            "gflops": work.flops / min(times) / 1e9,
             "loss_difference": difference,
         }
 
@@ -155,18 +142,16 @@ class GenerationCase:
         seconds, texts = min(seconds for seconds, _ in results), results[0][1]
         expected = reference.generate("", self.checked, 0.5, SEED)
         for _, generated in results:
-            for i, text in enumerate(expected):
-                if generated[i] != text:
-                    raise Differs(
-                        f"texts differ from the reference: text {i} is {generated[i]!r}, not {text!r}"
-                    )
+            for i, (text, wanted) in enumerate(zip(generated, expected, strict=False)):
+                if text != wanted:
+                    raise Differs(f"texts differ from the reference: number {i} is {text!r}, not {wanted!r}")
         # The last token of a text is drawn but not read again, unless it was the end of the text.
         lengths = [min(1 + len(text), model.config.block_size) for text in texts]
         characters = sum(map(len, texts))
         return {
             "characters_per_second": characters / seconds,
             "characters_per_text": characters / len(texts),
-            **session.rate(forward_flops(model.config, lengths), seconds, 1),
+            "gflops": forward_flops(model.config, lengths) / seconds / 1e9,
         }
 
 

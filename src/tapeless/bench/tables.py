@@ -14,11 +14,8 @@ def show(report: dict[str, Any]) -> None:
     machine, versions = report["machine"], report["versions"]
     console.print(f"{machine['processor']}, {machine['cores']} cores; {machine['system']}; {report['date']}")
     console.print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    peaks = ", ".join(
-        f"{peak:,.0f} GFLOP/s on {threads} {'core' if threads == '1' else 'cores'}"
-        for threads, peak in report["peak_gflops"].items()
-    )
-    console.print(f"{report['simd']}, {report['dtype']}; peak of multiply-adds: {peaks}")
+    peaks = ", ".join(f"{peak:,.0f} on {threads}" for threads, peak in report["peak_gflops"].items())
+    console.print(f"{report['simd']}, {report['dtype']}; multiply-add peak, GFLOP/s by cores: {peaks}")
     training = [case for case in report["cases"] if "us_per_step" in case]
     other = [case for case in report["cases"] if "us_per_step" not in case and "refused" not in case]
     if training:

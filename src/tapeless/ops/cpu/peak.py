@@ -20,7 +20,14 @@ UNROLLED = 4  # multiply-adds of each accumulator in one turn of the loop
 def peak_gflops(threads: int = 1, *, seconds: float = 0.01, repeats: int = 20) -> float:
     """The float32 multiply-add peak of `threads` cores together, in GFLOP/s, a multiply-add being two
     operations: the best of `repeats` measurements of about `seconds` each."""
-    run, flops_a_turn = _kernel()
+    loop, chains, lanes = kernel()
+
+    def run(turns: int) -> None:
+        vectors = aligned_zeros((2 + chains) * lanes * 4).view(np.float32)
+        vectors[:] = 0.5  # x becomes x/2 + 1/2 and stays between 0 and 1
+        vectors[2 * lanes :] = np.linspace(0, 1, chains * lanes)
+        loop(turns, vectors.ctypes.data)
+
     with ThreadPoolExecutor(threads) as pool:
 
         def measure(turns: int) -> float:
@@ -34,26 +41,19 @@ def peak_gflops(threads: int = 1, *, seconds: float = 0.01, repeats: int = 20) -
         while (took := measure(turns)) < seconds:
             turns = int(turns * min(4.0, 1.2 * seconds / took))
         best = min(measure(turns) for _ in range(repeats))
-    return threads * turns * flops_a_turn / best / 1e9
+    return threads * turns * UNROLLED * chains * lanes * 2 / best / 1e9
 
 
 @cache
-def _kernel() -> tuple[Callable[[int], None], int]:
-    """A function that runs the kernel for so many turns, and the operations of a turn."""
+def kernel() -> tuple[Callable[[int, int], None], int, int]:
+    """The loop peak(turns, address of its vectors), its number of chains, and the floats of a vector."""
     from tapeless.ops.cpu.simd import LANES, REGISTERS
 
     # Enough independent chains to hide a multiply-add's latency, few enough for the registers.
     chains = REGISTERS - REGISTERS // 4
     code = native._cached("peak", lambda: native._emit(_make(chains, LANES), "tapeless_peak", 2))
-    call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(native._load(code, "tapeless_peak"))
-
-    def run(turns: int) -> None:
-        vectors = aligned_zeros((2 + chains) * LANES * 4).view(np.float32)
-        vectors[:] = 0.5  # x → x/2 + 1/2 stays between 0 and 1
-        vectors[2 * LANES :] = np.linspace(0, 1, chains * LANES)
-        call(turns, vectors.ctypes.data)
-
-    return run, 2 * LANES * chains * UNROLLED
+    loop = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(native._load(code, "tapeless_peak"))
+    return loop, chains, LANES
 
 
 def _make(chains: int, lanes: int) -> Callable:
