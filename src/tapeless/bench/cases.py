@@ -61,7 +61,7 @@ class TrainingCase:
     @cached_property
     def workload(self) -> Workload:
         preset = get_preset(self.preset).with_settings(self.settings | {"steps": self.steps})
-        return Workload(preset, self.steps, self.threads)
+        return Workload(preset, self.steps)
 
     @cached_property
     def reference(self) -> np.ndarray:
@@ -93,23 +93,23 @@ class TrainingCase:
             session.ready(work.engine(kind=kind), "adamw") for kind in (Engine, profile.ProfiledEngine)
         )
 
-        def both() -> tuple[float, float, Any, np.ndarray]:
+        def both() -> tuple[float, float, dict[str, int], dict[str, int], np.ndarray]:
             without, _ = work.run(plain)
             profile.reset()
             took, losses = work.run(profiled)
-            return took, without, profile.counts(), losses
+            return without, took, *profile.counts(), losses
 
-        results = session.repeat(both)
-        compare(np.stack([losses for *_, losses in results]), self.reference)
-        took, _, (cycles, readings), _ = min(results, key=lambda result: result[0])
-        step = min(without for _, without, *_ in results)
-        reading = max(0.0, took - step) / sum(readings.values())
-        second = took / sum(cycles.values())
-        spent = {name: max(0.0, cycles[name] * second - readings[name] * reading) for name in cycles}
+        withouts, tooks, cycles, readings, losses = zip(*session.repeat(both), strict=True)
+        compare(np.stack(losses), self.reference)
+        cycle = min(took / sum(each.values()) for took, each in zip(tooks, cycles, strict=True))  # in seconds
+        spent = {name: cycle * min(each[name] for each in cycles) for name in profile.FAMILIES}
+        step = min(withouts) / self.steps
+        reading = max(0.0, sum(spent.values()) - min(withouts)) / sum(readings[0].values())
+        spent = {name: max(0.0, seconds - readings[0][name] * reading) for name, seconds in spent.items()}
         total = sum(spent.values())
         return {
-            name: {"us": value / total * step / self.steps * 1e6, "share": value / total}
-            for name, value in spent.items()
+            name: {"us": seconds / total * step * 1e6, "share": seconds / total}
+            for name, seconds in spent.items()
         }
 
 

@@ -59,13 +59,12 @@ class Workload:
     """Training steps to measure: a preset's model and training, its first weights, and the batches
     and learning rates of `steps` steps. The data are the built-in names, or a text made of them."""
 
-    def __init__(self, preset: Preset, steps: int, threads: int = 1):
+    def __init__(self, preset: Preset, steps: int):
         self.training = training = preset.training
         names = read_documents("names")
         documents = [text_of(names)] if training.order == "windows" else names
         tokenizer = make_tokenizer(preset.tokenizer, documents)
         self.config = config = preset.model.replace(vocab_size=tokenizer.vocab_size)
-        self.threads = threads
         corpus = Corpus.from_documents(documents, tokenizer, config.block_size)
         rng = generator(config, SEED)
         order = make_order(training.order, corpus, rng, training.batch_size, config.block_size)
