@@ -22,7 +22,7 @@ SETTINGS = {"n_embd": 64, "batch_size": 16, "lr": 0.0025}
 
 def run(seed: int) -> np.ndarray:
     """The losses of one run."""
-    return tl.train("names", steps=2000, seed=seed, set=SETTINGS, samples=0, progress=False).losses
+    return tl.train("names", steps=2000, seed=seed, threads=1, set=SETTINGS, samples=0, progress=False).losses
 
 
 def main() -> int:

@@ -53,6 +53,9 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+Threads = Annotated[
+    int | None, _option("Threads that share a step.", "N", "the processors, or 1 where a step is small")
+]
 EngineName = Annotated[str | None, _option("cpu (compiled) or reference (NumPy).", "NAME", "cpu")]
 
 
@@ -93,6 +96,7 @@ def train(
     dtype: Annotated[
         str | None, _option("float32, or float64 on the reference engine.", "NAME", "the engine's")
     ] = None,
+    threads: Threads = None,
     samples: Annotated[int | None, _option("Texts to generate at the end.", "N", "the preset's")] = None,
     temperature: Annotated[float | None, _option("Temperature of those texts.", "X", "the preset's")] = None,
     set_: Settings = None,
@@ -129,8 +133,8 @@ def train(
     try:
         run = train_model(
             data, preset, steps=steps, batch_size=batch_size, lr=lr, seed=seed, engine=engine, dtype=dtype,
-            out=out, samples=samples, temperature=temperature, set=settings, log_every=log_every,
-            resume=resume, overwrite=overwrite,
+            threads=threads, out=out, samples=samples, temperature=temperature, set=settings,
+            log_every=log_every, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     except Interrupted as stopped:
         _say(
@@ -231,6 +235,7 @@ def budget(
     preset: PresetName = "microgpt",
     set_: Settings = None,
     batch_size: Annotated[int | None, _option("Documents a step.", "B", "the preset's")] = None,
+    threads: Threads = None,
 ) -> None:
     """Show the memory that training takes, to the byte, before anything is allocated.
 
@@ -240,27 +245,36 @@ def budget(
     from rich.table import Table
 
     from tapeless.engine import machine_memory
-    from tapeless.layout import memory, n_params
+    from tapeless.layout import PER_THREAD, memory, n_params, nbytes
     from tapeless.presets import get_preset
+    from tapeless.team import check_threads, team_size
 
     config = _model_config(preset, set_)
     settings = {} if batch_size is None else {"batch_size": batch_size}
     documents = get_preset(preset).with_settings(settings).training.batch_size
     tokens = documents * config.block_size
-    plans = memory(config, "float32", tokens, documents)
+    team = team_size(config, documents, check_threads("cpu", threads))
+    share = -(-documents // team)
+    plans = memory(config, "float32", share * config.block_size, share)
     table = Table("buffer", box=None)
     table.add_column("bytes", justify="right")
     table.add_column("largest tensors")
     for name, plan in plans.items():
         largest = sorted(plan.sizes().items(), key=lambda item: -item[1])[:3]
-        table.add_row(name, f"{plan.nbytes:,}", ", ".join(f"{t} {size:,}" for t, size in largest if size))
-    needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
+        times = team if name in PER_THREAD else 1
+        table.add_row(
+            f"{name} × {times}" if times > 1 else name,
+            f"{plan.nbytes * times:,}",
+            ", ".join(f"{t} {size:,}" for t, size in largest if size),
+        )
+    needed, total = nbytes(plans, team), machine_memory()
     table.add_section()
     table.add_row("total", f"{needed:,}", "")
     console = Console(highlight=False)
     console.print(
         f"{preset}: {n_params(config):,} parameters, vocabulary {config.vocab:,}; "
-        f"{documents:,} × {config.block_size:,} = {tokens:,} tokens a step, float32"
+        f"{documents:,} × {config.block_size:,} = {tokens:,} tokens a step, "
+        f"{team} thread{'s' if team > 1 else ''}, float32"
     )
     console.print(table)
     fits = needed <= total

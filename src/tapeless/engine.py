@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,29 +24,42 @@ from tapeless.layout import (
     activation_grads,
     activations,
     aligned_zeros,
+    cut_segments,
     decay_segments,
     decoding,
     memory,
     n_params,
+    nbytes,
     parameter_plan,
     parameters,
     view_class,
 )
 from tapeless.schedule import Schedule, make_schedule
+from tapeless.team import check_threads, parts, shares, team_size
 
 ENGINES = ("cpu", "reference")
 
 # The other groups of views that programs take. Symbols: P parameters, M stream, K steps, B documents
-# a step (or tokens a sample), U uniforms.
-_FLAT = (Tensor("grads", ("P",)),)
-_RESULT = (Tensor("loss", (1,), "float64"),)
+# a step (or tokens a sample), U uniforms, W threads (workers), O of them all but the first.
+_FLAT = (Tensor("grads", ("P",)),)  # this thread's
+_RESULT = (Tensor("loss", (1,), "float64"),)  # of this thread's share
+_TEAM = (
+    Tensor(
+        "mine", (3,), "int64"
+    ),  # which thread this is, and where its part of the parameters begins and ends
+    Tensor("grads", ("P",)),  # the first thread's, to which the others' are added
+    Tensor("others", ("O", "P")),
+    # Of each thread, in rows of a cache line, so that nobody waits for a line that another one writes:
+    Tensor("arrivals", ("W", 8), "int64"),  # how often it has come to a place where all meet
+    Tensor("losses", ("W", 8), "float64"),  # of its share
+    Tensor("squares", ("W", 8), "float64"),  # the squared norm of its part of the gradient
+)
 _OPTIMISER = (
     Tensor("params", ("P",)),
-    Tensor("grads", ("P",)),
     Tensor("m", ("P",)),
     Tensor("v", ("P",)),
     Tensor("powers", (2,), "float64"),
-    Tensor("segments", ("R", 3), "int64"),
+    Tensor("segments", ("R", 3), "int64"),  # of this thread's part: see layout.decay_segments
     Tensor("constants", (6,), "float64"),  # beta1, beta2, eps, weight_decay, momentum, grad_clip
 )
 _DATA = (
@@ -77,39 +90,64 @@ def _make_evaluate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
 
 def _make_gradient(schedule: Schedule, ops: Any, block_size: int) -> Callable:
     forward, backward = schedule.forward, schedule.backward
+    wait, gather = ops.wait, ops.gather
 
     def gradient(groups):
-        p, g, a, d, batch, flat, result = groups
+        p, g, a, d, batch, flat, result, team = groups
         flat.grads[:] = 0
         result.loss[0] = forward(p, a, batch)
         backward(p, g, a, d, batch)
+        if team.arrivals.shape[0] > 1:
+            wait(team.arrivals, team.mine[0])
+            gather(team.grads, team.others, team.mine[1], team.mine[2])
 
     return gradient
 
 
 def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -> Callable:
+    """Every thread runs all steps, on its share of each step's documents and with gradients of its
+    own; then it adds up all threads' gradients of its part of the parameters, and updates that."""
     forward, backward, pack = schedule.forward, schedule.backward, ops.pack
     adamw, sgd, global_norm = ops.adamw, ops.sgd, ops.global_norm
+    wait, gather, total = ops.wait, ops.gather, ops.total
 
     def train(groups):
-        p, g, a, d, batch, opt, data = groups
+        p, g, a, d, batch, flat, opt, data, team = groups
         beta1, beta2, eps = opt.constants[0], opt.constants[1], opt.constants[2]
         weight_decay, momentum, clip = opt.constants[3], opt.constants[4], opt.constants[5]
+        me, first, end = team.mine[0], team.mine[1], team.mine[2]
+        threads, documents = team.arrivals.shape[0], data.spans.shape[1]
+        begin, stop = me * documents // threads, (me + 1) * documents // threads
         for k in range(data.losses.shape[0]):
-            pack(batch, data.stream, data.spans[k])
-            opt.grads[:] = 0
-            data.losses[k] = forward(p, a, batch)
+            pack(batch, data.stream, data.spans[k], begin, stop)
+            flat.grads[:] = 0
+            loss = forward(p, a, batch)
             backward(p, g, a, d, batch)
+            if threads > 1:
+                team.losses[me, 0] = loss
+                wait(team.arrivals, me)
+                loss = total(team.losses)
+                gather(team.grads, team.others, first, end)
+            if me == 0:
+                data.losses[k] = loss
             lr, scale = data.lrs[k], 1.0
             if clip > 0:
-                scale = min(1.0, clip / (global_norm(opt.grads) + 1e-6))
+                norm = global_norm(team.grads[first:end])
+                if threads > 1:
+                    team.squares[me, 0] = norm * norm
+                    wait(team.arrivals, me)
+                    norm = np.sqrt(total(team.squares))
+                scale = min(1.0, clip / (norm + 1e-6))
             if adaptive:
                 adamw(
-                    opt.params, opt.grads, opt.m, opt.v, opt.powers, opt.segments,
+                    opt.params, team.grads, opt.m, opt.v, opt.powers, opt.segments,
                     lr, beta1, beta2, eps, weight_decay, scale,
                 )  # fmt: skip
             else:
-                sgd(opt.params, opt.grads, opt.m, lr, momentum, scale)
+                P, G, M = opt.params[first:end], team.grads[first:end], opt.m[first:end]
+                sgd(P, G, M, lr, momentum, scale)
+            if threads > 1:
+                wait(team.arrivals, me)
 
     return train
 
@@ -147,11 +185,12 @@ def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
     return generate
 
 
+_TRAINING = ("p", "g", "a", "d", "batch", "flat", "opt", "data", "team")
 _MAKERS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "evaluate": (_make_evaluate, ("p", "a", "batch", "result")),
-    "gradient": (_make_gradient, ("p", "g", "a", "d", "batch", "flat", "result")),
-    "adamw": (partial(_make_train, adaptive=True), ("p", "g", "a", "d", "batch", "opt", "data")),
-    "sgd": (partial(_make_train, adaptive=False), ("p", "g", "a", "d", "batch", "opt", "data")),
+    "gradient": (_make_gradient, ("p", "g", "a", "d", "batch", "flat", "result", "team")),
+    "adamw": (partial(_make_train, adaptive=True), _TRAINING),
+    "sgd": (partial(_make_train, adaptive=False), _TRAINING),
     "generate": (_make_generate, ("p", "c", "batch", "out")),
 }
 
@@ -167,18 +206,23 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
     return np.dtype(dtype or ("float32" if name == "cpu" else "float64"))
 
 
-def check_memory(config: GPTConfig, engine: str, dtype: str | None, batch_size: int) -> None:
+def check_memory(
+    config: GPTConfig, engine: str, dtype: str | None, batch_size: int, threads: int | None = None
+) -> None:
     """Raise `ConfigError` if training with this batch size, or with 0 just holding a model and its
     gradients, needs more memory than the machine has."""
-    tokens = batch_size * config.block_size
-    plans = memory(config, check_engine(engine, dtype), tokens, batch_size)
+    check_threads(engine, threads)
+    team = 1 if engine == "reference" else team_size(config, batch_size, threads)
+    documents = -(-batch_size // team)
+    plans = memory(config, check_engine(engine, dtype), documents * config.block_size, documents)
     if batch_size == 0:
         plans = {name: plans[name] for name in ("parameters", "gradients")}
-    needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
+    needed, total = nbytes(plans, team), machine_memory()
     if needed > total:
         raise ConfigError(
             f"this needs {needed / 1e9:,.1f} GB of memory ({n_params(config):,} parameters, batches of up to "
-            f"{tokens:,} tokens) but the machine has {total / 1e9:,.1f} GB: choose smaller sizes."
+            f"{batch_size * config.block_size:,} tokens) but the machine has {total / 1e9:,.1f} GB: "
+            "choose smaller sizes."
         )
 
 
@@ -190,25 +234,42 @@ def machine_memory() -> float:
         return float("inf")
 
 
+class _Own(NamedTuple):
+    """The groups of views that a thread has for itself: of its gradients and its share of the batch."""
+
+    g: Any
+    flat: Any
+    a: Any
+    d: Any
+    batch: Any
+    result: Any
+
+
 class Engine:
     """One model's buffers, and the programs that run on them.
 
     `params` and `grads` are flat; `p` and `g` are their views. Activation buffers grow to the
-    largest batch seen. Raises `ConfigError` for an unknown engine, or one that cannot do `dtype`.
+    largest batch seen. `threads` share a batch's documents; None leaves it to `team_size`.
+    Raises `ConfigError` for an unknown engine, one that cannot do `dtype`, or no number of threads.
     """
 
     variant = ""  # of the CPU's ops: a word for the key of the programs compiled with them
 
-    def __init__(self, config: GPTConfig, name: str = "cpu", dtype: str | None = None):
+    def __init__(
+        self, config: GPTConfig, name: str = "cpu", dtype: str | None = None, threads: int | None = None
+    ):
         self.config = config
         self.name = name
         self.dtype = check_engine(name, dtype)
+        self.threads = check_threads(name, threads)
         self.notice: Callable[[], None] = lambda: None  # called before something is compiled
         plan = parameter_plan(config, self.dtype)
         self.params, self.p = self._flat("p", plan)
         self.grads, self.g = self._flat("g", plan)
+        self._others = self.grads.reshape(1, -1)[:0]  # gradients of the threads after the first
         self._programs: dict[str, Callable] = {}
-        self._capacity = (0, 0)
+        self._capacity = (0, 0, 0)
+        self._teams: dict[int, list[Any]] = {}
 
     def _flat(self, name: str, plan: Plan) -> tuple[np.ndarray, Any]:
         buffer = plan.allocate()
@@ -216,39 +277,69 @@ class Engine:
 
     # ------------------------------------------------------------ buffers
 
-    def reserve(self, tokens: int, documents: int) -> None:
-        """Make room for batches of this size."""
-        n, d = (max(pair) for pair in zip(self._capacity, (tokens, documents), strict=True))
-        if (n, d) == self._capacity:
+    def team(self, documents: int) -> int:
+        """How many threads share a batch of so many documents."""
+        return 1 if self.name == "reference" else team_size(self.config, documents, self.threads)
+
+    def reserve(self, tokens: int, documents: int, threads: int = 1) -> None:
+        """Make room for batches of this size on each of so many threads."""
+        wanted = (tokens, documents, threads)
+        n, d, k = (max(pair) for pair in zip(self._capacity, wanted, strict=True))
+        if (n, d, k) == self._capacity:
             return
-        self.a, self.d, self.batch = (
-            self._views(name, tensors, {"N": n, "D": d})
-            for name, tensors in (
-                ("a", activations(self.config)),
-                ("d", activation_grads(self.config)),
-                ("batch", BATCH),
+        others = self._others
+        if k > 1 + len(others):
+            others = aligned_zeros((k - 1) * self.grads.nbytes).view(self.dtype).reshape(k - 1, -1)
+        plan = parameter_plan(self.config, self.dtype)
+        views = [self.g, *(plan.views("g", row.view(np.uint8)) for row in others)]
+        flats = [view_class("flat", _FLAT)(row) for row in (self.grads, *others)]
+        self._own = [
+            _Own(
+                g,
+                flat,
+                self._views("a", activations(self.config), {"N": n, "D": d}),
+                self._views("d", activation_grads(self.config), {"N": n, "D": d}),
+                self._views("batch", BATCH, {"N": n, "D": d}),
+                self._views("result", _RESULT),
             )
-        )
-        self._capacity = (n, d)
+            for g, flat in zip(views, flats, strict=True)
+        ]
+        self._others, self._capacity = others, (n, d, k)
+        self._teams.clear()
+        _, _, self.a, self.d, self.batch, self._result = self._own[0]
 
     def _views(self, name: str, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None = None) -> Any:
         plan = Plan(tensors, self.dtype, sizes)
         return plan.views(name, plan.allocate())
 
-    @cached_property
-    def _flat_grads(self) -> Any:
-        return view_class("flat", _FLAT)(self.grads)
-
-    @cached_property
-    def _result(self) -> Any:
-        return self._views("result", _RESULT)
+    def _team(self, threads: int) -> list[Any]:
+        """The group `team` of each thread."""
+        if threads not in self._teams:
+            counts, *sums = (aligned_zeros(64 * threads).reshape(threads, -1) for _ in range(3))
+            shared = self.grads, self._others[: threads - 1], counts.view(np.int64)
+            self._teams[threads] = [
+                view_class("team", _TEAM)(
+                    np.array([k, *part], np.int64), *shared, *(s.view(np.float64) for s in sums)
+                )
+                for k, part in enumerate(parts(self.grads.size, threads))
+            ]
+        return self._teams[threads]
 
     @cached_property
     def optimiser(self) -> Any:
-        """Adam's moments and running products, beside the parameters and gradients they belong to."""
+        """Adam's moments and running products, beside the parameters they belong to."""
         m, v = (aligned_zeros(self.params.nbytes).view(self.dtype) for _ in range(2))
         segments = decay_segments(self.config)
-        return view_class("opt", _OPTIMISER)(self.params, self.grads, m, v, np.ones(2), segments, np.zeros(6))
+        return view_class("opt", _OPTIMISER)(self.params, m, v, np.ones(2), segments, np.zeros(6))
+
+    def _optimisers(self, threads: int) -> list[Any]:
+        """The group `opt` of each thread: its part of the parameters, and running products of its own."""
+        opt = self.optimiser
+        others = [opt._replace(powers=opt.powers.copy()) for _ in range(threads - 1)]
+        return [
+            each._replace(segments=cut_segments(opt.segments, first, end))
+            for each, (first, end) in zip((opt, *others), parts(self.params.size, threads), strict=True)
+        ]
 
     @cached_property
     def _decoding(self) -> tuple[Any, Any]:
@@ -305,6 +396,7 @@ class Engine:
             "result": _RESULT,
             "opt": _OPTIMISER,
             "data": _DATA,
+            "team": _TEAM,
             "out": _SAMPLES,
         }[argument]
 
@@ -312,37 +404,79 @@ class Engine:
 
     def fill(self, tokens: Any, targets: Any, starts: Any, weights: Any) -> int:
         """Put one packed batch into the batch buffers; returns its number of tokens."""
+        starts = np.asarray(starts)
         n, documents = len(tokens), len(starts) - 1
-        self.reserve(n, documents)
-        b = self.batch
-        b.tokens[:n] = tokens
-        b.targets[:n] = targets
-        b.starts[: documents + 1] = starts
-        b.positions[:n] = np.arange(n) - np.repeat(starts[:-1], np.diff(starts))
-        b.weights[:n] = weights
-        b.sizes[:] = n, documents
+        self._filled = self.team(documents)
+        bounds = shares(documents, self._filled)
+        largest = max(int(starts[end] - starts[begin]) for begin, end in bounds)
+        self.reserve(largest, max(end - begin for begin, end in bounds), self._filled)
+        positions = np.arange(n) - np.repeat(starts[:-1], np.diff(starts))
+        for own, (begin, end) in zip(self._own, bounds, strict=False):
+            b, part = own.batch, slice(starts[begin], starts[end])
+            size = part.stop - part.start
+            for buffer, values in (
+                (b.tokens, tokens),
+                (b.targets, targets),
+                (b.positions, positions),
+                (b.weights, weights),
+            ):
+                buffer[:size] = values[part]
+            b.starts[: end - begin + 1] = starts[begin : end + 1] - starts[begin]
+            b.sizes[:] = size, end - begin
         return n
 
+    def logits(self) -> np.ndarray:
+        """Logits [N, V] of the batch, after `evaluate` or `gradient`."""
+        used = self._own[: self._filled]
+        return np.concatenate([own.a.logits[: own.batch.sizes[0]] for own in used])
+
     def evaluate(self) -> float:
-        """Loss of the batch; its logits are in `a.logits`."""
-        self.program("evaluate")(self.p, self.a, self.batch, self._result)
-        return float(self._result.loss[0])
+        """Loss of the batch; `logits` has its logits."""
+        used = self._own[: self._filled]
+        self._run("evaluate", [(self.p, own.a, own.batch, own.result) for own in used])
+        return sum(float(own.result.loss[0]) for own in used)
 
     def gradient(self) -> float:
         """Loss of the batch; its gradients are in `grads`."""
-        self.program("gradient")(self.p, self.g, self.a, self.d, self.batch, self._flat_grads, self._result)
-        return float(self._result.loss[0])
+        used = self._own[: self._filled]
+        self._run(
+            "gradient",
+            [
+                (self.p, own.g, own.a, own.d, own.batch, own.flat, own.result, team)
+                for own, team in zip(used, self._team(len(used)), strict=True)
+            ],
+        )
+        return sum(float(own.result.loss[0]) for own in used)
 
     def train(
         self, stream: np.ndarray, spans: np.ndarray, lrs: np.ndarray, optimiser: str = "adamw"
     ) -> np.ndarray:
         """One optimiser step ("adamw" or "sgd") for each of `spans` [K, B, 2] at the learning rates
         `lrs` [K]; returns the K losses. The other constants are in `self.optimiser.constants`."""
-        self.reserve(int(spans[..., 1].sum(1).max()), spans.shape[1])
+        threads = self.team(spans.shape[1])
+        bounds = shares(spans.shape[1], threads)
+        largest = max(int(spans[:, begin:end, 1].sum(1).max()) for begin, end in bounds)
+        self.reserve(largest, max(end - begin for begin, end in bounds), threads)
         losses = np.empty(len(spans))
         data = view_class("data", _DATA)(stream, np.ascontiguousarray(spans), np.asarray(lrs), losses)
-        self.program(optimiser)(self.p, self.g, self.a, self.d, self.batch, self.optimiser, data)
+        self._run(
+            optimiser,
+            [
+                (self.p, own.g, own.a, own.d, own.batch, own.flat, opt, data, team)
+                for own, opt, team in zip(
+                    self._own[:threads], self._optimisers(threads), self._team(threads), strict=True
+                )
+            ],
+        )
         return losses
+
+    def _run(self, name: str, calls: Sequence[tuple[Any, ...]]) -> None:
+        """Run a program on one thread for each of `calls`."""
+        program: Any = self.program(name)
+        if len(calls) == 1:
+            program(*calls[0])
+        else:
+            program.together(calls)
 
     def generate(
         self,
@@ -372,10 +506,10 @@ class Engine:
         return rows, int(out.used[0])
 
 
-def uses(engine: str, dtype: np.dtype) -> str:
-    """What runs where, for people: "cpu engine (AVX-512, 1 thread, float32)"."""
+def uses(engine: str, dtype: np.dtype, threads: int) -> str:
+    """What runs where, for people: "cpu engine (AVX-512, 2 threads, float32)"."""
     if engine == "reference":
         return f"reference engine (NumPy, {dtype})"
     from tapeless.ops.cpu import native
 
-    return f"cpu engine ({native.simd()}, 1 thread, {dtype})"
+    return f"cpu engine ({native.simd()}, {threads} thread{'s' if threads > 1 else ''}, {dtype})"

@@ -286,9 +286,21 @@ def decay_segments(config: GPTConfig) -> np.ndarray:
     return np.array(segments, np.int64)
 
 
+def cut_segments(segments: np.ndarray, first: int, end: int) -> np.ndarray:
+    """What of the segments lies between these bounds."""
+    inside = segments.copy()
+    inside[:, :2] = segments[:, :2].clip(first, end)
+    return inside[inside[:, 0] < inside[:, 1]]
+
+
+# The buffers of which each thread has its own.
+PER_THREAD = ("gradients", "activations", "activation gradients", "batch")
+
+
 def memory(config: GPTConfig, dtype: Any, tokens: int, documents: int) -> dict[str, Plan]:
-    """What training on batches of up to `tokens` in `documents` allocates: a plan for each buffer,
-    exact to the byte, before anything is allocated."""
+    """What training on batches of up to `tokens` in `documents` (of one thread's share) allocates: a
+    plan for each buffer, exact to the byte, before anything is allocated. Those of `PER_THREAD` are
+    allocated once for each thread."""
     sizes = {N: tokens, D: documents}
     flat = parameter_plan(config, dtype)
     return {
@@ -300,3 +312,8 @@ def memory(config: GPTConfig, dtype: Any, tokens: int, documents: int) -> dict[s
         "activation gradients": Plan(activation_grads(config), dtype, sizes),
         "batch": Plan(BATCH, dtype, sizes),
     }
+
+
+def nbytes(plans: Mapping[str, Plan], threads: int) -> int:
+    """Bytes of all buffers of `memory` for so many threads."""
+    return sum(plan.nbytes * (threads if name in PER_THREAD else 1) for name, plan in plans.items())

@@ -25,10 +25,11 @@ class GPT:
 
     `engine` is "cpu" (compiled, float32) or "reference" (NumPy, float64 unless `dtype="float32"`).
     `seed` draws the initial weights by `config.init`; it may be a generator to go on with, or None
-    to leave all weights zero. `tokenizer` lets `generate` speak text.
+    to leave all weights zero. `threads` share the documents of a batch; None is as many as there
+    are processors, or one for small batches. `tokenizer` lets `generate` speak text.
 
-    Raises `ConfigError` for an unknown engine or dtype, a seed that is none, a config without
-    `vocab_size`, or one that does not fit in memory.
+    Raises `ConfigError` for an unknown engine or dtype, a seed or number of threads that is none, a
+    config without `vocab_size`, or one that does not fit in memory.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class GPT:
         engine: str = "cpu",
         *,
         dtype: str | None = None,
+        threads: int | None = None,
         tokenizer: CharTokenizer | None = None,
     ):
         if tokenizer is not None and tokenizer.vocab_size != config.vocab:
@@ -45,8 +47,8 @@ class GPT:
         self.config = config
         self.tokenizer = tokenizer
         rng = seed if seed is None or isinstance(seed, Random) else generator(config, seed)
-        check_memory(config, engine, dtype, 0)
-        self.engine = Engine(config, engine, dtype)
+        check_memory(config, engine, dtype, 0, threads)
+        self.engine = Engine(config, engine, dtype, threads)
         if rng is not None:
             initialise(self.engine.p, config, rng)
 
@@ -85,9 +87,9 @@ class GPT:
     def logits(self, tokens: Any, starts: Any = None) -> np.ndarray:
         """Logits [N, V] of the next token after each of `tokens` [N]; `starts` and what is raised as
         for `loss_and_grad`."""
-        n = self._fill(tokens, tokens, starts, None)  # any targets do: the loss is not used
+        self._fill(tokens, tokens, starts, None)  # any targets do: the loss is not used
         self.engine.evaluate()
-        return self.engine.a.logits[:n].copy()
+        return self.engine.logits()
 
     def generate(
         self,
@@ -164,14 +166,16 @@ def _array(values: Any) -> np.ndarray:
         raise DataError("expected one flat list of numbers, not a list of lists.") from None
 
 
-def load(path: str | Path, engine: str = "cpu", *, dtype: str | None = None) -> GPT:
-    """The model saved in a run folder, with its tokenizer.
+def load(
+    path: str | Path, engine: str = "cpu", *, dtype: str | None = None, threads: int | None = None
+) -> GPT:
+    """The model saved in a run folder, with its tokenizer; the other arguments as for `GPT`.
 
     Raises `RunError` if a file is missing, damaged, or does not match the others.
     """
     folder = Path(path)
     config, _ = runs.read_config(folder)
     tokenizer = runs.read_tokenizer(folder, config.vocab)
-    model = GPT(config, None, engine, dtype=dtype, tokenizer=tokenizer)
+    model = GPT(config, None, engine, dtype=dtype, threads=threads, tokenizer=tokenizer)
     runs.read_into(model.params, folder / runs.MODEL)
     return model

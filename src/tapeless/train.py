@@ -31,6 +31,7 @@ from tapeless.model import GPT
 from tapeless.optim import learning_rates
 from tapeless.presets import MAX_STEPS, Preset, Training, get_preset
 from tapeless.rng import Random
+from tapeless.team import check_threads
 
 CHUNK_SECONDS = 0.1
 SAVE_SECONDS = 10.0
@@ -75,6 +76,7 @@ def train(
     seed: int | None = None,
     engine: str | None = None,
     dtype: str | None = None,
+    threads: int | None = None,
     out: str | Path | None = None,
     samples: int | None = None,
     temperature: float | None = None,
@@ -89,7 +91,9 @@ def train(
     `data` is a text file (one document a line, or one text where the preset reads windows of it), or
     a built-in set ("names", the default);
     `preset` names the model ("microgpt" by default); None elsewhere means the preset's value, seed
-    42, engine "cpu". `set` changes any model or training setting: `{"n_embd": 32}`. `out` is the
+    42, engine "cpu", and as many threads as there are processors if a step is large enough for that
+    to pay. Results repeat bit for bit for a fixed number of threads; other numbers round differently.
+    `set` changes any model or training setting: `{"n_embd": 32}`. `out` is the
     run folder to write; None writes nothing. `resume` goes on with the run in `out` as it was set
     up, with whatever is given here changed; `overwrite` starts anew over it. `progress=False` is
     silent.
@@ -110,11 +114,11 @@ def train(
     if resume:
         if overwrite:
             raise ConfigError("resume goes on with a run, overwrite replaces it: choose one of them.")
-        plan = _resumed(folder, data, preset, seed, engine, dtype)
+        plan = _resumed(folder, data, preset, seed, engine, dtype, threads)
     else:
         if folder is not None:
             runs.refuse(folder, overwrite)
-        plan = _fresh(data, preset, seed, engine, dtype)
+        plan = _fresh(data, preset, seed, engine, dtype, threads)
     job = _prepare(plan, settings, folder, log_every, overwrite)
     if progress is None or progress is True:
         from tapeless.progress import Console
@@ -145,17 +149,19 @@ class _Plan(NamedTuple):
     seed: int
     engine: str
     dtype: str | None
+    threads: int | None
     digest: str | None  # of the data a saved run was trained on
 
 
-def _fresh(data, preset, seed, engine, dtype) -> _Plan:
+def _fresh(data, preset, seed, engine, dtype, threads) -> _Plan:
     name = "microgpt" if preset is None else preset
     data = "names" if data is None else data
     seed = 42 if seed is None else seed
-    return _Plan(name, get_preset(name), data, seed, "cpu" if engine is None else engine, dtype, None)
+    engine = "cpu" if engine is None else engine
+    return _Plan(name, get_preset(name), data, seed, engine, dtype, threads, None)
 
 
-def _resumed(folder, data, preset, seed, engine, dtype) -> _Plan:
+def _resumed(folder, data, preset, seed, engine, dtype, threads) -> _Plan:
     if folder is None:
         raise RunError("resume needs the run's folder: give out.")
     config, saved = runs.read_config(folder)
@@ -163,6 +169,8 @@ def _resumed(folder, data, preset, seed, engine, dtype) -> _Plan:
         whole("seed", saved["seed"], 0, MAX_SEED)
         if not all(isinstance(saved[k], str) for k in ("preset", "tokenizer", "data", "engine", "digest")):
             raise TypeError
+        if threads is None and engine in (None, saved["engine"]):
+            threads = check_threads(saved["engine"], saved.get("threads"))
         base = Preset(saved["preset"], config, Training(**saved["training"]), saved["tokenizer"])
         plan = _Plan(
             saved["preset"],
@@ -171,6 +179,7 @@ def _resumed(folder, data, preset, seed, engine, dtype) -> _Plan:
             saved["seed"],
             saved["engine"] if engine is None else engine,
             saved["dtype"] if engine is None and dtype is None else dtype,
+            threads,
             saved["digest"],
         )
     except (KeyError, TypeError, ConfigError):
@@ -194,6 +203,7 @@ def _prepare(
     chosen = plan.preset.with_settings(settings)
     training = chosen.training
     check_engine(plan.engine, plan.dtype)
+    check_threads(plan.engine, plan.threads)
     documents = read_documents(plan.data, whole=training.order == "windows")
     tokenizer = make_tokenizer(chosen.tokenizer, documents)
     config = chosen.model.replace(vocab_size=chosen.model.vocab_size or tokenizer.vocab_size)
@@ -201,7 +211,7 @@ def _prepare(
         raise ConfigError(
             f"vocab_size is {config.vocab}, but {plan.data} has {tokenizer.vocab_size} tokens: leave it out."
         )
-    check_memory(config, plan.engine, plan.dtype, training.batch_size)
+    check_memory(config, plan.engine, plan.dtype, training.batch_size, plan.threads)
     corpus = Corpus.from_documents(documents, tokenizer, config.block_size)
     if plan.digest is not None:
         if config != plan.preset.model:
@@ -212,7 +222,7 @@ def _prepare(
 
     rng = generator(config, plan.seed)
     order = make_order(training.order, corpus, rng, training.batch_size, config.block_size)
-    model = GPT(config, rng, plan.engine, dtype=plan.dtype, tokenizer=tokenizer)
+    model = GPT(config, rng, plan.engine, dtype=plan.dtype, threads=plan.threads, tokenizer=tokenizer)
     about = {
         "preset": plan.name,
         "tokenizer": chosen.tokenizer,
@@ -223,6 +233,7 @@ def _prepare(
         "seed": plan.seed,
         "engine": plan.engine,
         "dtype": str(model.engine.dtype),
+        "threads": model.engine.team(training.batch_size),
     }
     job = _Job(model, training, corpus, order, rng, about, folder, log_every, overwrite)
     if plan.digest is not None:
@@ -265,7 +276,9 @@ class _Job:
         engine = self.model.engine
         engine.notice = progress.compiling
         progress.start(self._headline())
-        engine.reserve(self.order.longest * self.training.batch_size, self.training.batch_size)
+        threads = engine.team(self.training.batch_size)
+        documents = -(-self.training.batch_size // threads)
+        engine.reserve(self.order.longest * documents, documents, threads)
         engine.program(self._program)
         # Only now that nothing else can go wrong is a run that stands there replaced.
         if self.folder is not None:
@@ -443,10 +456,11 @@ class _Job:
         else:
             size, each = f"{self.about['documents']:,} documents", "document"
         each += "s" if t.batch_size > 1 else ""
+        machinery = uses(engine.name, engine.dtype, engine.team(t.batch_size))
         lines = [
             f"{self.about['preset']}: {self.model.n_params:,} parameters · "
             f"{Path(str(self.about['data'])).name} ({size}, vocabulary {c.vocab:,}) · "
-            f"{t.steps:,} steps of {t.batch_size} {each} · {uses(engine.name, engine.dtype)}"
+            f"{t.steps:,} steps of {t.batch_size} {each} · {machinery}"
         ]
         if self.corpus.n_cut and t.order != "windows":
             verb = "cut to it" if t.order == "shuffle" else "left out"

@@ -18,6 +18,7 @@ from typing import Any
 from tapeless.bench.cases import CASES, TRAINING, Say, Session
 from tapeless.bench.workload import Differs
 from tapeless.errors import ConfigError, did_you_mean
+from tapeless.team import processors
 
 
 def bench(
@@ -49,7 +50,7 @@ class Peaks:
     machine does in the meantime takes some away."""
 
     def __init__(self) -> None:
-        threads = {1, os.cpu_count() or 1, *(case.threads for case in TRAINING.values())}
+        threads = {1, processors(), *(case.threads for case in TRAINING.values())}
         self.gflops = dict.fromkeys(sorted(threads), 0.0)
 
     def measure(self) -> None:

@@ -20,6 +20,7 @@ from tapeless.bench.workload import SEED, Differs, Workload, compare, forward_fl
 from tapeless.engine import Engine
 from tapeless.io import runs
 from tapeless.presets import get_preset
+from tapeless.team import processors
 
 Say = Callable[[str], None]
 
@@ -128,7 +129,7 @@ class GenerationCase:
         from tapeless.model import GPT
         from tapeless.train import train
 
-        model = train("names", steps=1000, samples=0, progress=False).model
+        model = train("names", steps=1000, threads=1, samples=0, progress=False).model
         reference = GPT(model.config, None, "reference", tokenizer=model.tokenizer)
         reference.engine.params[:] = model.engine.params
         session.ready(model.engine, "generate")
@@ -235,7 +236,7 @@ TRAINING = {
     "width-32": _width(32, 500, 100),
     "width-64": _width(64, 200, 50),
     "width-128": _width(128, 50, 20),
-    "shakespeare-char": TrainingCase("shakespeare-char", "12 windows", 5, 5),
+    "shakespeare-char": TrainingCase("shakespeare-char", "12 windows", 5, 5, threads=processors()),
 }
 CASES: dict[str, Any] = TRAINING | {
     "generate": GenerationCase(20_000, 100),

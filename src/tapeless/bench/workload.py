@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -81,8 +80,7 @@ class Workload:
         return training_flops(self.config, self.spans[..., 1].ravel())
 
     def engine(self, name: str = "cpu", kind: type[Engine] = Engine, threads: int = 1) -> Engine:
-        options: dict[str, Any] = {"threads": threads} if threads > 1 else {}
-        return kind(self.config, name, **options)
+        return kind(self.config, name, threads=threads)
 
     def run(self, engine: Engine, steps: int | None = None) -> tuple[float, np.ndarray]:
         """Train from the first weights: seconds, and the losses."""

@@ -19,26 +19,30 @@ import numpy as np
 # ---------------------------------------------------------------- moving numbers
 
 
-def pack(batch, stream, spans):
-    """Fill `batch` from spans of the token stream, packed end to end.
+def pack(batch, stream, spans, first, end):
+    """Fill `batch` from spans `first` to `end` of the token stream, packed end to end.
 
     Span s = (start, length) has inputs `stream[start : start+length]` and targets one further.
-    Positions restart at 0 in each; weights are 1/n, so that the loss is the mean over tokens.
+    Positions restart at 0 in each; weights are 1/N with N the tokens of all spans, so that the losses
+    of all their parts add up to the mean over tokens.
     """
+    tokens = 0
+    for s in range(len(spans)):
+        tokens += spans[s, 1]
     n = 0
     batch.starts[0] = 0
-    for s in range(len(spans)):
+    for s in range(first, end):
         start, length = spans[s, 0], spans[s, 1]
         for i in range(length):
             batch.tokens[n + i] = stream[start + i]
             batch.targets[n + i] = stream[start + i + 1]
             batch.positions[n + i] = i
         n += length
-        batch.starts[s + 1] = n
+        batch.starts[s - first + 1] = n
     for i in range(n):
-        batch.weights[i] = 1 / n
+        batch.weights[i] = 1 / tokens
     batch.sizes[0] = n
-    batch.sizes[1] = len(spans)
+    batch.sizes[1] = end - first
 
 
 def zero(x, n):
@@ -540,3 +544,22 @@ def adamw(params, grads, m, v, powers, segments, lr, beta1, beta2, eps, weight_d
         v[run] = beta2 * v[run] + (1 - beta2) * g**2
         step = (m[run] / (1 - powers[0])) / (np.sqrt(v[run] / (1 - powers[1])) + eps)
         params[run] -= lr * (weight_decay * decays * params[run] + step)
+
+
+# ---------------------------------------------------------------- threads
+#
+# Engines may share a step's documents among threads, each with gradients of its own. Here there is one.
+
+
+def wait(arrivals, index):
+    """Wait until every thread has come here as often as this one, thread `index`;  arrivals [threads, ·]."""
+
+
+def gather(grads, others, first, end):
+    """grads[first:end] += Σ_k others[k, first:end]: the other threads' gradients."""
+    grads[first:end] += np.sum(others[:, first:end], axis=0)
+
+
+def total(parts):
+    """Σ_k parts[k, 0]: what each thread has of a number;  parts [threads, ·]."""
+    return np.sum(parts[:, 0])

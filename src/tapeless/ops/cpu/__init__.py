@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tapeless.ops import reference
-from tapeless.ops.cpu import activation, attention, elementary, embed, linear, loss, mhc, norm, optim
+from tapeless.ops.cpu import activation, attention, elementary, embed, linear, loss, mhc, norm, optim, team
 from tapeless.ops.cpu.native import jit
 
 
@@ -26,6 +26,6 @@ def make_ops() -> Any:
         for name, function in vars(module).items()
         if callable(function) and function.__module__ == module.__name__
     }
-    functions |= linear.make_ops()
+    functions |= linear.make_ops() | team.make_ops()
     functions["pack"] = reference.pack  # plain loops already
     return SimpleNamespace(**{name: jit(function) for name, function in functions.items()})

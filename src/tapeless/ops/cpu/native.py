@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,10 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from tapeless.layout import Tensor, view_class
+from tapeless.team import run_together
+
+# The C library's way of giving the processor to another thread.
+YIELD = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
 
 # Reordering sums is allowed, forgetting that NaN and infinity exist is not.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
@@ -44,6 +48,7 @@ LIBRARY = {
     "memset",
     "memcpy",
     "memmove",
+    YIELD,
 }
 
 
@@ -74,14 +79,23 @@ class Program:
         link_routines()
         address = _load(_cached(key, compile_it), "tapeless_entry")
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
-        self._last: tuple[Any, np.ndarray] | None = None
+        self._tables: dict[int, tuple[Sequence[Any], np.ndarray]] = {}  # each thread's last, and for what
 
     def __call__(self, *arguments: Any) -> None:
-        if self._last is None or any(a is not b for a, b in zip(arguments, self._last[0], strict=True)):
-            self._last = (arguments, self._table(arguments))
-        self._call(self._last[1].ctypes.data)
+        self._call(self._table(0, arguments).ctypes.data)
 
-    def _table(self, arguments: Sequence[Any]) -> np.ndarray:
+    def together(self, calls: Sequence[Sequence[Any]]) -> None:
+        """Several calls at once, each on a thread of its own."""
+        tables = [self._table(k, arguments).ctypes.data for k, arguments in enumerate(calls)]
+        run_together([partial(self._call, table) for table in tables])
+
+    def _table(self, k: int, arguments: Sequence[Any]) -> np.ndarray:
+        last = self._tables.get(k)
+        if last is None or any(a is not b for a, b in zip(arguments, last[0], strict=True)):
+            last = self._tables[k] = arguments, self._make_table(arguments)
+        return last[1]
+
+    def _make_table(self, arguments: Sequence[Any]) -> np.ndarray:
         sizes: dict[str, int] = {}
         addresses = []
         for group, views in zip(self._groups, arguments, strict=True):

@@ -1,0 +1,119 @@
+"""Threads that work on one step together: how many there are, and how they start and end."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from queue import SimpleQueue
+
+from tapeless.config import GPTConfig, whole
+from tapeless.layout import n_params
+
+MAX_THREADS = 1024
+# Parameters times tokens of a step from which more threads pay: some 100 µs of one thread's work. They
+# meet two or three times a step, and all wait for any that the system holds up.
+WORTHWHILE = 8_000_000
+
+
+def team_size(config: GPTConfig, documents: int, threads: int | None) -> int:
+    """How many threads share a step of so many documents: `threads`, or, for None, as many as there
+    are processors if the step is large enough for that to pay. Each has a document at least."""
+    if threads is None:
+        work = n_params(config) * documents * config.block_size
+        threads = processors() if work >= WORTHWHILE else 1
+    return max(1, min(threads, documents))
+
+
+def processors() -> int:
+    """Processors that this process may use: NUMBA_NUM_THREADS and OMP_NUM_THREADS can make it fewer."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no such call
+        count = os.cpu_count() or 1
+    for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(name, "").strip()
+        if value.isdecimal() and int(value) > 0:
+            count = min(count, int(value))
+    return count
+
+
+def check_threads(engine: str, threads: int | None) -> int | None:
+    """`threads` if it can be a number of threads. Raises `ConfigError` if not."""
+    if threads is None:
+        return None
+    return whole("threads", threads, 1, 1 if engine == "reference" else MAX_THREADS)
+
+
+def shares(documents: int, threads: int) -> list[tuple[int, int]]:
+    """Where each thread's documents begin and end: evenly, so none has more than ⌈documents/threads⌉."""
+    return list(pairwise(k * documents // threads for k in range(threads + 1)))
+
+
+def parts(size: int, threads: int) -> list[tuple[int, int]]:
+    """Each thread's part of a flat buffer, in whole cache lines of float32, so that no two write to one."""
+    return [(min(16 * a, size), min(16 * b, size)) for a, b in shares(-(-size // 16), threads)]
+
+
+def run_together(tasks: Sequence[Callable[[], object]]) -> None:
+    """Run all tasks at the same time, each on a thread of its own, and wait for them all.
+
+    Either all begin or, if the system refuses a thread, none. They wait for each other, so nothing
+    may come between: workers, who get no signals, start each other, and the caller puts off a
+    Ctrl-C until they are done.
+    """
+    workers = _take_workers(len(tasks))
+    done: SimpleQueue[None] = SimpleQueue()
+
+    def begin() -> None:
+        for worker, task in zip(workers[1:], tasks[1:], strict=True):
+            worker.tasks.put((task, done))
+        tasks[0]()
+
+    interrupt = None
+    workers[0].tasks.put((begin, done))
+    for _ in tasks:
+        while True:
+            try:
+                done.get()
+                break
+            except KeyboardInterrupt as caught:
+                interrupt = caught
+    _idle.extend(workers)
+    if interrupt is not None:
+        raise interrupt
+
+
+class _Worker(threading.Thread):
+    """A thread that runs one task after the other, and ends with the process."""
+
+    def __init__(self) -> None:
+        super().__init__(name="tapeless", daemon=True)
+        self.tasks: SimpleQueue[tuple[Callable[[], object], SimpleQueue[None]]] = SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            task, done = self.tasks.get()
+            try:
+                task()
+            finally:
+                done.put(None)
+
+
+_idle: list[_Worker] = []  # workers of all engines that have nothing to do
+
+
+def _take_workers(count: int) -> list[_Worker]:
+    taken: list[_Worker] = []
+    try:
+        while len(taken) < count:
+            try:
+                taken.append(_idle.pop())
+            except IndexError:
+                taken.append(_Worker())
+    except BaseException:
+        _idle.extend(taken)
+        raise
+    return taken
