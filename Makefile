@@ -3,7 +3,7 @@
 # make test-oracles  heavier proofs: every combination of choices; PyTorch and transformers
 # make lint          ruff, formatting, type checks
 # make format        let ruff put the formatting right
-# make bench         how long things take
+# make bench         how fast this machine is, and what share of its peak
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,7 +30,7 @@ format: $(VENV)/.linted
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/microgpt.py
+	$(BIN)/tapeless bench
 
 clean:
 	rm -rf $(VENV) build dist

@@ -284,6 +284,40 @@ def budget(
 
 
 @app.command()
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CASE",
+            help="What to measure, e.g. microgpt or generate. [dim]\\[default: everything][/]",
+            show_default=False,
+        ),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", metavar="", help="Show where the time of a training step goes, too."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how fast this machine trains and generates, and what share of its peak that is.
+
+    A run that differs from the reference engine's gets no figure; exit code 1 then.
+    """
+    from tapeless.bench import bench as measure
+    from tapeless.bench import tables
+
+    report = measure(cases or (), profile=profile, say=_say)
+    if json:
+        from json import dumps
+
+        print(dumps(report, indent=1, ensure_ascii=False))
+    else:
+        tables.show(report)
+    if any("refused" in case for case in report["cases"]):
+        raise typer.Exit(1)
+
+
+@app.command()
 def presets() -> None:
     """List the presets: models with everything needed to train them."""
     from rich.console import Console

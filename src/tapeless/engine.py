@@ -250,6 +250,8 @@ class Engine:
     Raises `ConfigError` for an unknown engine, one that cannot do `dtype`, or no number of threads.
     """
 
+    variant = ""  # of the CPU's ops: a word for the key of the programs compiled with them
+
     def __init__(
         self, config: GPTConfig, name: str = "cpu", dtype: str | None = None, threads: int | None = None
     ):
@@ -360,7 +362,7 @@ class Engine:
 
                 self._programs[name] = native.Program(
                     [native.Group(a, self._tensors(a)) for a in arguments],
-                    key=f"{name} {self._runs!r}",
+                    key=f"{name} {self.variant} {self._runs!r}",
                     build=lambda: self._build(make),
                     notice=self.notice,
                 )
@@ -369,9 +371,15 @@ class Engine:
     def _build(self, make: Callable) -> Callable:
         from tapeless.ops import cpu
 
-        ops = cpu.make_ops(self._runs)
+        ops = self.make_ops()
         schedule = Schedule(*(cpu.jit(f, inline="always") for f in make_schedule(self._runs, ops)))
         return cpu.jit(make(schedule, ops, self.config.block_size), inline="always")
+
+    def make_ops(self) -> Any:
+        """The CPU's ops that programs are compiled with."""
+        from tapeless.ops import cpu
+
+        return cpu.make_ops(self._runs)
 
     def _tensors(self, argument: str) -> tuple[Tensor, ...]:
         return {
