@@ -143,7 +143,7 @@ def activations(config: GPTConfig) -> tuple[Tensor, ...]:
         *norm("f", c.norm_final, N),
         Tensor("scratch", (attention_scratch(c)[0],)),
         Tensor("logits", (N, V)),
-        Tensor("logits_lse", (N,)),
+        Tensor("logits_stats", (N, 2)),
         Tensor("loss", (N,)),
     )
 

@@ -120,7 +120,7 @@ def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callabl
             linear_forward(a.logits, hf, p.head, p.head[0, :0], n)
         if decoding:
             return 0.0
-        return cross_entropy_forward(a.loss, a.logits_lse, a.logits, batch.targets, batch.weights, n)
+        return cross_entropy_forward(a.loss, a.logits_stats, a.logits, batch.targets, batch.weights, n)
 
     return forward
 
@@ -144,7 +144,7 @@ def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
 
     def backward(p, g, a, d, batch):
         n = batch.sizes[0]
-        cross_entropy_backward(d.logits, a.logits, a.logits_lse, batch.targets, batch.weights, n)
+        cross_entropy_backward(d.logits, a.logits, a.logits_stats, batch.targets, batch.weights, n)
         out, dout = a.out if mhc else a.x[n_layer], d.out if mhc else d.x
         hf, dhf = a.hf if norm_final else out, d.h if norm_final else dout
         if tied:

@@ -460,22 +460,23 @@ def mhc_contract_backward(dx, dcontract, dout, x, contract, n):
 # ---------------------------------------------------------------- loss
 
 
-def cross_entropy_forward(loss, lse, logits, targets, weights, n):
-    """loss_t = lse_t − logits[t, target_t] with lse = log Σ_v exp logits; returns Σ_t weight_t·loss_t.
+def cross_entropy_forward(loss, stats, logits, targets, weights, n):
+    """loss_t = log Σ_v exp logits_tv − logits[t, target_t]; returns Σ_t weight_t·loss_t.
 
-    logits [N, V]; loss, lse, weights [N]. The largest logit is taken out before exp, so that nothing
-    overflows.
+    logits [N, V]; loss, weights [N]. The largest logit of a row is taken out before exp, so that
+    nothing overflows; `stats` [N, 2] keeps it, and the sum of what is left.
     """
     z = logits[:n]
     top = z.max(-1)
-    lse[:n] = top + np.log(np.sum(np.exp(z - top[:, None]), axis=-1))
-    loss[:n] = lse[:n] - z[np.arange(n), targets[:n]]
+    total = np.sum(np.exp(z - top[:, None]), axis=-1)
+    stats[:n, 0], stats[:n, 1] = top, total
+    loss[:n] = top + np.log(total) - z[np.arange(n), targets[:n]]
     return np.sum(weights[:n] * loss[:n])
 
 
-def cross_entropy_backward(dlogits, logits, lse, targets, weights, n):
+def cross_entropy_backward(dlogits, logits, stats, targets, weights, n):
     """dlogits_tv = weight_t · (softmax_tv − [v = target_t])."""
-    dlogits[:n] = np.exp(logits[:n] - lse[:n, None])
+    dlogits[:n] = np.exp(logits[:n] - stats[:n, :1]) / stats[:n, 1:]
     dlogits[np.arange(n), targets[:n]] -= 1
     dlogits[:n] *= weights[:n, None]
 

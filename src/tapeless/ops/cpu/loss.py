@@ -2,32 +2,40 @@
 
 import numpy as np
 
-from tapeless.ops.cpu.simd import LANES, exp, first, hmax, hsum, load, maximum, splat, store
+from tapeless.ops.cpu.simd import LANES, exp, first, hmax, hsum, load, log, maximum, splat, store
 
 _LOWEST = -np.inf
 
 
-def cross_entropy_forward(loss, lse, logits, targets, weights, n):
+def cross_entropy_forward(loss, stats, logits, targets, weights, n):
     V = logits.shape[1]
-    mean = 0.0
     for t in range(n):
         tops = splat(_LOWEST)
         for v in range(0, V, LANES):
             tops = maximum(first(V - v, load(logits, t, v), _LOWEST), tops)
         top = hmax(tops)
-        total = splat(0.0)
+        totals = splat(0.0)
         for v in range(0, V, LANES):
-            total = total + first(V - v, exp(load(logits, t, v) - top), 0.0)
-        lse[t] = top + np.log(hsum(total))
-        loss[t] = lse[t] - logits[t, targets[t]]
+            totals = totals + first(V - v, exp(load(logits, t, v) - top), 0.0)
+        total = hsum(totals)
+        stats[t, 0] = top
+        stats[t, 1] = total
+        loss[t] = total
+    # The logarithms of many rows at once.
+    for t in range(0, n, LANES):
+        store(log(load(loss, t)), loss, t)
+    mean = 0.0
+    for t in range(n):
+        loss[t] += stats[t, 0] - logits[t, targets[t]]
         mean += weights[t] * loss[t]
     return mean
 
 
-def cross_entropy_backward(dlogits, logits, lse, targets, weights, n):
+def cross_entropy_backward(dlogits, logits, stats, targets, weights, n):
     for t in range(n):
+        top, factor = stats[t, 0], weights[t] / stats[t, 1]
         for v in range(0, logits.shape[1], LANES):
-            store(exp(load(logits, t, v) - lse[t]) * weights[t], dlogits, t, v)
+            store(exp(load(logits, t, v) - top) * factor, dlogits, t, v)
         dlogits[t, targets[t]] -= weights[t]
 
 

@@ -2,9 +2,16 @@
 
 import numpy as np
 
+from tapeless.ops.cpu.native import jit
 from tapeless.ops.cpu.simd import LANES, first, fma, hsum, load, splat, store
 
 _f32 = np.float32
+
+
+@jit
+def rstd_of(squares, C, eps):
+    """In float64, as it is one number for a whole row."""
+    return _f32(1 / np.sqrt(np.float64(squares) / C + eps))
 
 
 def rmsnorm_forward(y, mean, rstd, x, w, b, n, eps):
@@ -14,7 +21,7 @@ def rmsnorm_forward(y, mean, rstd, x, w, b, n, eps):
         for c in range(0, C, LANES):
             v = load(x, t, c)
             squares = fma(v, v, squares)
-        r = _f32(1) / np.sqrt(hsum(squares) / _f32(C) + _f32(eps))
+        r = rstd_of(hsum(squares), C, eps)
         rstd[t] = r
         for c in range(0, C, LANES):
             z = load(x, t, c) * r
@@ -53,7 +60,7 @@ def layernorm_forward(y, mean, rstd, x, w, b, n, eps):
         for c in range(0, C, LANES):
             v = first(C - c, load(x, t, c) - m, 0.0)
             squares = fma(v, v, squares)
-        r = _f32(1) / np.sqrt(hsum(squares) / _f32(C) + _f32(eps))
+        r = rstd_of(hsum(squares), C, eps)
         mean[t] = m
         rstd[t] = r
         for c in range(0, C, LANES):

@@ -29,9 +29,10 @@ def sgd(params, grads, m, lr, momentum, scale):
 def adamw(params, grads, m, v, powers, segments, lr, beta1, beta2, eps, weight_decay, scale):
     powers[0] *= beta1
     powers[1] *= beta2
-    rate = _f32(lr / (1 - powers[0]))
-    inverse = _f32(1 / (1 - powers[1]))
-    b1, b2, tiny, factor = _f32(beta1), _f32(beta2), _f32(eps), _f32(scale)
+    # √(v/(1 − β₂ᵗ)) + ε is (√v + ε·√(1 − β₂ᵗ))/√(1 − β₂ᵗ): all but √v is the same for every element.
+    root = np.sqrt(1 - powers[1])
+    rate, tiny = _f32(lr / (1 - powers[0]) * root), _f32(eps * root)
+    b1, b2, factor = _f32(beta1), _f32(beta2), _f32(scale)
     a1, a2 = _f32(1 - beta1), _f32(1 - beta2)
     for s in range(segments.shape[0]):
         first, end = segments[s, 0], segments[s, 1]
@@ -42,4 +43,4 @@ def adamw(params, grads, m, v, powers, segments, lr, beta1, beta2, eps, weight_d
             g = factor * G[i]
             M[i] = b1 * M[i] + a1 * g
             V[i] = b2 * V[i] + a2 * g * g
-            P[i] = shrink * P[i] - rate * M[i] / (np.sqrt(V[i] * inverse) + tiny)
+            P[i] = shrink * P[i] - rate * M[i] / (np.sqrt(V[i]) + tiny)
