@@ -3,7 +3,7 @@
 A program is a loop over the schedule: `gradient` (one batch), `evaluate` (loss and logits), `adamw`
 and `sgd` (many training steps), `generate` (many samples). Each is written once, as a function over
 groups of views. The reference engine calls that function as it is, with NumPy ops; the CPU engine
-compiles it.
+compiles it, and may run it on several threads at once (a team), each with its share of the documents.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ class Engine:
             arrivals, squares = (aligned_zeros(64 * threads).reshape(threads, -1) for _ in range(2))
             shared = self._others[: threads - 1], arrivals.view(np.int64), squares.view(np.float64)
             self._teams[threads] = [
-                view_class("team", _TEAM)(np.array([k, first]), self.grads[first:end], *shared)
+                view_class("team", _TEAM)(np.array([k, first], np.int64), self.grads[first:end], *shared)
                 for k, (first, end) in enumerate(parts(self.grads.size, threads))
             ]
         return self._teams[threads]
@@ -403,10 +403,11 @@ class Engine:
         """Put one packed batch into the batch buffers; returns its number of tokens."""
         starts = np.asarray(starts)
         n, documents = len(tokens), len(starts) - 1
-        self._filled = self.team(documents)
-        bounds = shares(documents, self._filled)
+        threads = self.team(documents)
+        bounds = shares(documents, threads)
         largest = max(int(starts[end] - starts[begin]) for begin, end in bounds)
-        self.reserve(largest, max(end - begin for begin, end in bounds), self._filled)
+        self.reserve(largest, max(end - begin for begin, end in bounds), threads)
+        self._filled = threads
         positions = np.arange(n) - np.repeat(starts[:-1], np.diff(starts))
         for own, (begin, end) in zip(self._own, bounds, strict=False):
             b, part = own.batch, slice(starts[begin], starts[end])

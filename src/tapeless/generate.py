@@ -68,7 +68,7 @@ def generate(
         # and take only those used, as if each had been drawn when it was needed.
         rng.restore(start)
         rng.uniforms(used)
-        texts += [tokenizer.decode([*ids, *row]) for row in rows]
+        texts += [tokenizer.decode([*ids, *row.tolist()]) for row in rows]
     return texts
 
 

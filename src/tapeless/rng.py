@@ -55,8 +55,14 @@ class PythonRandom:
 
     def uniforms(self, n: int) -> np.ndarray:
         """n draws of `random.random()`: uniform in [0, 1)."""
-        draw = self._random.random
-        return np.array([draw() for _ in range(n)])
+        # NumPy's legacy generator is the same MT19937 and makes the same floats of it, many at once.
+        version, words, spare = self._random.getstate()
+        same = np.random.RandomState()
+        same.set_state(("MT19937", words[:-1], words[-1]))
+        drawn = same.random_sample(n)
+        _, key, position = same.get_state()[:3]
+        self._random.setstate((version, (*key.tolist(), int(position)), spare))
+        return drawn
 
     def state(self) -> dict[str, np.ndarray]:
         _, words, spare = self._random.getstate()

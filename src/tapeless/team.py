@@ -64,7 +64,7 @@ def run_together(tasks: Sequence[Callable[[], object]]) -> None:
     Ctrl-C until they are done.
     """
     workers = _take_workers(len(tasks))
-    done: SimpleQueue[None] = SimpleQueue()
+    done = _Done()
 
     def begin() -> None:
         for worker, task in zip(workers[1:], tasks[1:], strict=True):
@@ -73,16 +73,24 @@ def run_together(tasks: Sequence[Callable[[], object]]) -> None:
 
     interrupt = None
     workers[0].tasks.put((begin, done))
-    for _ in tasks:
-        while True:
-            try:
-                done.get()
-                break
-            except KeyboardInterrupt as caught:
-                interrupt = caught
+    while True:
+        try:
+            while len(done.finished) < len(tasks):
+                done.news.get()
+            break
+        except KeyboardInterrupt as caught:
+            interrupt = caught
     _idle.extend(workers)
     if interrupt is not None:
         raise interrupt
+
+
+class _Done:
+    """Who has finished; each also brings news of it. (An interrupt may lose the news, not the fact.)"""
+
+    def __init__(self) -> None:
+        self.finished: list[threading.Thread] = []
+        self.news: SimpleQueue[None] = SimpleQueue()
 
 
 class _Worker(threading.Thread):
@@ -90,7 +98,7 @@ class _Worker(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="tapeless", daemon=True)
-        self.tasks: SimpleQueue[tuple[Callable[[], object], SimpleQueue[None]]] = SimpleQueue()
+        self.tasks: SimpleQueue[tuple[Callable[[], object], _Done]] = SimpleQueue()
         self.start()
 
     def run(self) -> None:
@@ -99,7 +107,8 @@ class _Worker(threading.Thread):
             try:
                 task()
             finally:
-                done.put(None)
+                done.finished.append(self)
+                done.news.put(None)
 
 
 _idle: list[_Worker] = []  # workers of all engines that have nothing to do

@@ -77,7 +77,7 @@ class CharTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; BOS has none."""
         chars: dict[int, str] = self._chars  # type: ignore[attr-defined]
-        return "".join(chars.get(int(t), "") for t in tokens)
+        return "".join([chars.get(t, "") for t in tokens])
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": "char", "chars": self.chars, "bos": self.bos, "fold": self.fold}
