@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -57,10 +57,10 @@ class PythonRandom:
         """n draws of `random.random()`: uniform in [0, 1)."""
         # NumPy's legacy generator is the same MT19937 and makes the same floats of it, many at once.
         version, words, spare = self._random.getstate()
-        same = np.random.RandomState()
+        same: Any = np.random.RandomState()
         same.set_state(("MT19937", words[:-1], words[-1]))
         drawn = same.random_sample(n)
-        _, key, position = same.get_state()[:3]
+        _, key, position, *_ = same.get_state()
         self._random.setstate((version, (*key.tolist(), int(position)), spare))
         return drawn
 
