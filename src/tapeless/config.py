@@ -64,8 +64,9 @@ class GPTConfig:
     activation: str = "relu"  # "relu" | "gelu" (tanh form)
     bias: bool = False  # biases in the linear layers
     tied: bool = False  # the head is the transposed token embedding
-    attention: str = "full"  # "full" keeps the probabilities, "flash" only their log-sum-exp
-    attention_tile: int = 32  # queries and keys in a tile of "flash"
+    # "full" keeps the probabilities, "flash" only their log-sum-exp, as compiled code always does.
+    attention: str = "full"
+    attention_tile: int = 32  # queries and keys in a tile of "flash" on the reference engine
     residual: str = "add"  # "add" | "mhc" (hyper-connections)
     n_streams: int = 0  # S: residual streams; 0 means 2 with "mhc", 1 with "add"
     init: str = "microgpt"  # how weights start; see tapeless.init

@@ -1,16 +1,14 @@
 """An engine binds a config, its buffers and a set of ops into programs that run.
 
-A program is a loop over the schedule: `gradient` (one batch), `evaluate` (loss and logits), `adamw`
-and `sgd` (many training steps), `generate` (many samples). Each is written once, as a function over
-groups of views. The reference engine calls that function as it is, with NumPy ops; the CPU engine
-compiles it, and may run it on several threads at once (a team), each with its share of the documents.
+The reference engine calls a program as it is, with NumPy ops; the CPU engine compiles it, and may run
+it on several threads at once (a team), each with its share of the documents.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,155 +32,11 @@ from tapeless.layout import (
     parameters,
     view_class,
 )
+from tapeless.programs import DATA, FLAT, OPTIMISER, PROGRAMS, RESULT, SAMPLES, TEAM
 from tapeless.schedule import Schedule, make_schedule
 from tapeless.team import check_threads, parts, shares, team_size
 
 ENGINES = ("cpu", "reference")
-
-# The other groups of views that programs take. Symbols: P parameters, M stream, K steps, B documents
-# a step (or tokens a sample), U uniforms, W threads (workers), O of them all but the first.
-_FLAT = (Tensor("grads", ("P",)),)  # this thread's
-_RESULT = (Tensor("loss", (1,), "float64"),)  # of this thread's share
-# A thread adds up all threads' gradients of its own part of the parameters, Q of them, and updates it.
-_TEAM = (
-    Tensor("mine", (2,), "int64"),  # which thread this is, and where its part begins
-    Tensor("grads", ("Q",)),  # its part of the first thread's gradients: the sum
-    Tensor("others", ("O", "P")),  # the other threads' gradients
-    # Of each thread, a cache line apart, so that nobody waits for a line that another one writes:
-    Tensor("arrivals", ("W", 8), "int64"),  # how often it has come to a place where all meet
-    Tensor("squares", ("W", 8), "float64"),  # the squared norm of its part of the gradient
-)
-_OPTIMISER = (
-    Tensor("params", ("Q",)),
-    Tensor("m", ("Q",)),
-    Tensor("v", ("Q",)),
-    Tensor("powers", (2,), "float64"),
-    Tensor("segments", ("R", 3), "int64"),
-    Tensor("constants", (6,), "float64"),  # beta1, beta2, eps, weight_decay, momentum, grad_clip
-)
-_DATA = (
-    Tensor("stream", ("M",), "int32"),
-    Tensor("spans", ("K", "B", 2), "int64"),
-    Tensor("lrs", ("K",), "float64"),
-    Tensor("losses", ("K",), "float64"),  # of this thread's share
-)
-_SAMPLES = (
-    Tensor("tokens", ("K", "B"), "int32"),  # each row begins with the prompt
-    Tensor("lengths", ("K",), "int32"),  # tokens of each row, the prompt's included
-    Tensor("uniforms", ("U",), "float64"),
-    Tensor("used", (1,), "int64"),
-    Tensor("probs", ("V",), "float64"),
-    Tensor("options", (5,), "float64"),  # prompt length, stop token or -1, temperature, top_k, top_p
-)
-
-
-def _make_evaluate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    forward = schedule.forward
-
-    def evaluate(groups):
-        p, a, batch, result = groups
-        result.loss[0] = forward(p, a, batch)
-
-    return evaluate
-
-
-def _make_gradient(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    forward, backward = schedule.forward, schedule.backward
-    wait, gather = ops.wait, ops.gather
-
-    def gradient(groups):
-        p, g, a, d, batch, flat, result, team = groups
-        flat.grads[:] = 0
-        result.loss[0] = forward(p, a, batch)
-        backward(p, g, a, d, batch)
-        wait(team.arrivals, team.mine[0])
-        gather(team.grads, team.others, team.mine[1])
-
-    return gradient
-
-
-def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -> Callable:
-    """Every thread runs all steps, on its share of each step's documents and with gradients of its
-    own; then it adds up all threads' gradients of its part of the parameters, and updates that."""
-    forward, backward, pack = schedule.forward, schedule.backward, ops.pack
-    adamw, sgd, global_norm = ops.adamw, ops.sgd, ops.global_norm
-    wait, gather = ops.wait, ops.gather
-
-    def train(groups):
-        p, g, a, d, batch, flat, opt, data, team = groups
-        beta1, beta2, eps = opt.constants[0], opt.constants[1], opt.constants[2]
-        weight_decay, momentum, clip = opt.constants[3], opt.constants[4], opt.constants[5]
-        me, first = team.mine[0], team.mine[1]
-        threads, documents = team.arrivals.shape[0], data.spans.shape[1]
-        begin, stop = me * documents // threads, (me + 1) * documents // threads
-        for k in range(data.losses.shape[0]):
-            pack(batch, data.stream, data.spans[k], begin, stop)
-            flat.grads[:] = 0
-            data.losses[k] = forward(p, a, batch)
-            backward(p, g, a, d, batch)
-            wait(team.arrivals, me)
-            gather(team.grads, team.others, first)
-            lr, scale = data.lrs[k], 1.0
-            if clip > 0:
-                team.squares[me, 0] = global_norm(team.grads) ** 2
-                wait(team.arrivals, me)
-                square = 0.0
-                for thread in range(threads):
-                    square += team.squares[thread, 0]
-                scale = min(1.0, clip / (np.sqrt(square) + 1e-6))
-            if adaptive:
-                adamw(
-                    opt.params, team.grads, opt.m, opt.v, opt.powers, opt.segments,
-                    lr, beta1, beta2, eps, weight_decay, scale,
-                )  # fmt: skip
-            else:
-                sgd(opt.params, team.grads, opt.m, lr, momentum, scale)
-            wait(team.arrivals, me)
-
-    return train
-
-
-def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    decode, sample_token = schedule.decode, ops.sample_token
-
-    def generate(groups):
-        p, c, batch, out = groups
-        prompt, stop = int(out.options[0]), int(out.options[1])
-        temperature, top_k, top_p = out.options[2], out.options[3], out.options[4]
-        batch.sizes[0] = 1
-        used = 0
-        cached = 0  # positions of the present row whose keys and values are in the cache
-        for k in range(out.tokens.shape[0]):
-            row, length = out.tokens[k], prompt
-            cached = min(cached, prompt - 1)
-            while length < row.shape[0]:
-                # Learned positions end at the block: beyond it, read the last T tokens again.
-                first = max(0, length - block_size)
-                for t in range(0 if first else cached, length - first):
-                    batch.tokens[0] = row[first + t]
-                    batch.positions[0] = t
-                    decode(p, c, batch)
-                cached = 0 if first else length
-                token = sample_token(out.probs, c.logits[0], temperature, top_k, top_p, out.uniforms[used])
-                used += 1
-                if token == stop:
-                    break
-                row[length] = token
-                length += 1
-            out.lengths[k] = length
-        out.used[0] = used
-
-    return generate
-
-
-_TRAINING = ("p", "g", "a", "d", "batch", "flat", "opt", "data", "team")
-_MAKERS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "evaluate": (_make_evaluate, ("p", "a", "batch", "result")),
-    "gradient": (_make_gradient, ("p", "g", "a", "d", "batch", "flat", "result", "team")),
-    "adamw": (partial(_make_train, adaptive=True), _TRAINING),
-    "sgd": (partial(_make_train, adaptive=False), _TRAINING),
-    "generate": (_make_generate, ("p", "c", "batch", "out")),
-}
 
 
 def check_engine(name: str, dtype: str | None) -> np.dtype:
@@ -290,7 +144,7 @@ class Engine:
             others = aligned_zeros((k - 1) * self.grads.nbytes).view(self.dtype).reshape(k - 1, -1)
         plan = parameter_plan(self.config, self.dtype)
         views = [self.g, *(plan.views("g", row.view(np.uint8)) for row in others)]
-        flats = [view_class("flat", _FLAT)(row) for row in (self.grads, *others)]
+        flats = [view_class("flat", FLAT)(row) for row in (self.grads, *others)]
         self._own = [
             _Own(
                 g,
@@ -298,7 +152,7 @@ class Engine:
                 self._views("a", activations(self._runs), {"N": n, "D": d}),
                 self._views("d", activation_grads(self._runs), {"N": n, "D": d}),
                 self._views("batch", BATCH, {"N": n, "D": d}),
-                self._views("result", _RESULT),
+                self._views("result", RESULT),
             )
             for g, flat in zip(views, flats, strict=True)
         ]
@@ -316,7 +170,7 @@ class Engine:
             arrivals, squares = (aligned_zeros(64 * threads).reshape(threads, -1) for _ in range(2))
             shared = self._others[: threads - 1], arrivals.view(np.int64), squares.view(np.float64)
             self._teams[threads] = [
-                view_class("team", _TEAM)(np.array([k, first], np.int64), self.grads[first:end], *shared)
+                view_class("team", TEAM)(np.array([k, first], np.int64), self.grads[first:end], *shared)
                 for k, (first, end) in enumerate(parts(self.grads.size, threads))
             ]
         return self._teams[threads]
@@ -326,7 +180,7 @@ class Engine:
         """Adam's moments and running products, beside the parameters they belong to."""
         m, v = (aligned_zeros(self.params.nbytes).view(self.dtype) for _ in range(2))
         segments = decay_segments(self.config)
-        return view_class("opt", _OPTIMISER)(self.params, m, v, np.ones(2), segments, np.zeros(6))
+        return view_class("opt", OPTIMISER)(self.params, m, v, np.ones(2), segments, np.zeros(6))
 
     def _optimisers(self, threads: int) -> list[Any]:
         """The group `opt` of each thread: its part of the parameters, and running products of its own."""
@@ -335,7 +189,7 @@ class Engine:
             params, m, v = (flat[first:end] for flat in (opt.params, opt.m, opt.v))
             powers = opt.powers.copy() if k else opt.powers
             segments = cut_segments(opt.segments, first, end)
-            optimisers.append(view_class("opt", _OPTIMISER)(params, m, v, powers, segments, opt.constants))
+            optimisers.append(view_class("opt", OPTIMISER)(params, m, v, powers, segments, opt.constants))
         return optimisers
 
     @cached_property
@@ -350,7 +204,7 @@ class Engine:
     def program(self, name: str) -> Callable:
         """The program of this name, ready to run: for the CPU, loaded from the cache or compiled."""
         if name not in self._programs:
-            make, arguments = _MAKERS[name]
+            make, arguments = PROGRAMS[name]
             T = self.config.block_size
             if self.name == "reference":
                 from tapeless.ops import reference
@@ -389,12 +243,12 @@ class Engine:
             "d": activation_grads(self._runs),
             "c": decoding(self._runs),
             "batch": BATCH,
-            "flat": _FLAT,
-            "result": _RESULT,
-            "opt": _OPTIMISER,
-            "data": _DATA,
-            "team": _TEAM,
-            "out": _SAMPLES,
+            "flat": FLAT,
+            "result": RESULT,
+            "opt": OPTIMISER,
+            "data": DATA,
+            "team": TEAM,
+            "out": SAMPLES,
         }[argument]
 
     # ------------------------------------------------------------ running
@@ -456,7 +310,7 @@ class Engine:
         largest = max(int(spans[:, begin:end, 1].sum(1).max()) for begin, end in bounds)
         self.reserve(largest, max(end - begin for begin, end in bounds), threads)
         losses = np.empty((threads, len(spans)))
-        data = view_class("data", _DATA)(stream, np.ascontiguousarray(spans), np.asarray(lrs), losses[0])
+        data = view_class("data", DATA)(stream, np.ascontiguousarray(spans), np.asarray(lrs), losses[0])
         self._run(
             optimiser,
             [
@@ -490,7 +344,7 @@ class Engine:
     ) -> tuple[list[np.ndarray], int]:
         """`n` continuations of the prompt of at most `max_tokens`, and how many uniforms were used."""
         length = len(prompt)
-        out = view_class("out", _SAMPLES)(
+        out = view_class("out", SAMPLES)(
             np.zeros((n, length + max_tokens), np.int32),
             np.zeros(n, np.int32),
             uniforms,

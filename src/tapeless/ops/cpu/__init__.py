@@ -1,4 +1,4 @@
-"""The ops of `tapeless.ops.reference` as loops that Numba compiles to float32 machine code.
+"""The ops of `tapeless.ops.reference` for float32, as Numba compiles them to machine code.
 
 Each file holds one family, forward beside backward; the mathematics stands in the reference. The
 functions are plain Python until `make_ops` compiles them, and shapes of parameters and of rows are
@@ -20,8 +20,13 @@ from tapeless.ops.cpu.native import jit
 @cache
 def make_ops(config: GPTConfig) -> Any:
     """Every op that this model may need, compiled on first use."""
+    return SimpleNamespace(**_common(), **_attention(config.head_dim, config.block_size))
+
+
+@cache
+def _common() -> dict[str, Callable]:
     # Imported here since they import Numba, which a process whose programs are in the cache never needs.
-    from tapeless.ops.cpu import activation, attention, barrier, embed, linear, loss, mhc, norm, optim
+    from tapeless.ops.cpu import activation, barrier, embed, linear, loss, mhc, norm, optim
 
     functions: dict[str, Callable] = {
         name: function
@@ -30,7 +35,12 @@ def make_ops(config: GPTConfig) -> Any:
         if isinstance(function, FunctionType) and function.__module__ == module.__name__
     }
     functions |= linear.make_ops()
-    functions |= attention.make_ops(config.head_dim, config.block_size)
     functions["pack"] = reference.pack  # plain loops already
-    ops = {name: jit(function) for name, function in functions.items()}
-    return SimpleNamespace(**ops, wait=barrier.make_wait())
+    return {name: jit(function) for name, function in functions.items()} | {"wait": barrier.make_wait()}
+
+
+@cache
+def _attention(head_dim: int, block_size: int) -> dict[str, Callable]:
+    from tapeless.ops.cpu import attention
+
+    return {name: jit(function) for name, function in attention.make_ops(head_dim, block_size).items()}

@@ -367,7 +367,7 @@ def _source_digest() -> str:
     """Of every source file that can change what is compiled."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[2]
-    names = ["config.py", "layout.py", "schedule.py", "engine.py", "ops/**/*.py"]
+    names = ["config.py", "layout.py", "schedule.py", "programs.py", "engine.py", "ops/**/*.py"]
     for path in sorted(p for name in names for p in package.glob(name)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
