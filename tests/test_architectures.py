@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import tapeless as tl
 from helpers import PRESETS, random_batch, random_model
-from tapeless.config import GPTConfig
-from tapeless.layout import attention_scratch, n_params
+from tapeless.layout import n_params
 from tapeless.ops import reference
-from tapeless.ops.cpu import attention, native
 
 ENGINES = [("reference", "float64"), ("reference", "float32"), ("cpu", "float32")]
 
@@ -80,84 +75,3 @@ def test_flashmicrogpt_learns_names_as_microgpt_does():
         last[preset] = losses[-200:].mean()
     assert last["microgpt"] < 2.4
     assert abs(last["flashmicrogpt"] - last["microgpt"]) < 0.1
-
-
-# ---------------------------------------------------------------- flash attention
-
-
-def attention_case(lengths, heads, head_dim, seed):
-    rng = np.random.default_rng(seed)
-    n, C = sum(lengths), heads * head_dim
-    starts = np.cumsum([0, *lengths]).astype(np.int32)
-    sizes = np.array([n, len(lengths)], np.int32)
-    return rng.normal(0, 1, (n, 3 * C)), rng.normal(0, 1, (n, C)), starts, sizes
-
-
-def check_flash_attention(ops, dtype, case, heads, tile, scratch, tolerance):
-    """`ops`' flash attention in `dtype` against the reference's full attention in float64."""
-    qkv, dout, starts, sizes = case
-    n, C = dout.shape
-    full, dfull = np.zeros((n, C)), np.zeros((n, 3 * C))
-    probs = np.zeros((n, heads, int(np.diff(starts).max())))
-    reference.attention_forward(full, probs, qkv, starts, sizes)
-    reference.attention_backward(dfull, dout, probs, qkv, starts, sizes)
-
-    qkv, dout = qkv.astype(dtype), dout.astype(dtype)
-    flash, lse, dflash = (np.full((n, width), np.nan, dtype) for width in (C, heads, 3 * C))
-    ops["forward"](flash, lse, scratch[0], qkv, starts, sizes, tile)
-    ops["backward"](dflash, scratch[1], dout, flash, lse, qkv, starts, sizes, tile)
-    np.testing.assert_allclose(flash, full, rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(dflash, dfull, rtol=tolerance, atol=tolerance)
-    # One key: the first query of each document. No gradient reaches it, or its key, through scores.
-    assert not dflash[starts[:-1], :C].any()
-    alone = starts[:-1][np.diff(starts) == 1]
-    assert not dflash[alone, : 2 * C].any()
-
-
-REFERENCE = {
-    "forward": reference.flash_attention_forward,
-    "backward": reference.flash_attention_backward,
-}
-
-
-@settings(max_examples=60)
-@given(
-    lengths=st.lists(st.integers(1, 11), min_size=1, max_size=4),
-    heads=st.integers(1, 3),
-    head_dim=st.integers(1, 5),
-    tile=st.integers(1, 13),
-    seed=st.integers(0, 999),
-)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-12)])
-def test_flash_attention_equals_full_attention(dtype, tolerance, lengths, heads, head_dim, tile, seed):
-    """For tiles that divide the length and tiles that do not, forward and backward, to rounding."""
-    case = attention_case(lengths, heads, head_dim, seed)
-    check_flash_attention(REFERENCE, dtype, case, heads, tile, (None, None), tolerance)
-
-
-# By rows: heads that share a vector, fill one, need two. By tiles: long, or heads of odd sizes.
-@pytest.mark.parametrize(
-    ("head_dim", "block_size"), [(2, 9), (4, 16), (16, 5), (32, 16), (5, 11), (4, 40), (32, 70), (20, 150)]
-)
-def test_compiled_attention_equals_full_attention(head_dim, block_size):
-    native.link_routines()
-    made = attention.make_ops(head_dim, block_size)
-    ops = {
-        pass_: numba.njit(made[f"flash_attention_{pass_}"], fastmath=native.FASTMATH)
-        for pass_ in ("forward", "backward")
-    }
-
-    @settings(max_examples=40)
-    @given(
-        lengths=st.lists(st.integers(1, block_size), min_size=1, max_size=4),
-        heads=st.integers(1, 5),
-        seed=st.integers(0, 999),
-    )
-    def check(lengths, heads, seed):
-        config = GPTConfig(block_size=block_size, n_head=heads, n_embd=heads * head_dim)
-        # What earlier batches left in the scratch must not matter.
-        scratch = [np.full(size, np.nan, "f4") for size in attention_scratch(config)]
-        case = attention_case(lengths, heads, head_dim, seed)
-        check_flash_attention(ops, "float32", case, heads, 32, scratch, 3e-5)
-
-    check()

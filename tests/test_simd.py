@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -202,17 +203,18 @@ def test_splat():
 
 # ---------------------------------------------------------------- lesser processors
 
+FILES = [str(Path(__file__).parent / f"test_{what}.py") for what in ("simd", "attention", "product")]
+
 
 @pytest.mark.parametrize(
     ("lanes", "name", "features"),
     [
         (4, "x86-64", "+sse2"),
-        (4, "nehalem", "+sse4.2,+sse4.1,+ssse3,+sse3,+sse2"),
         (8, "haswell", "+avx2,+fma,+avx,+bmi,+bmi2,+sse4.2,+sse2"),
     ],
 )
 def test_as_if_the_processor_had_less(lanes, name, features):
-    """This file's own tests, in a process that compiles for such a processor."""
+    """The tests of vectors, attention and products, in a process that compiles for such a processor."""
     host = native.llvm.get_host_cpu_features()
     if not all(host.get(f.lstrip("+")) for f in features.split(",")):
         pytest.skip(f"this processor is none of the family of {name}")
@@ -220,7 +222,7 @@ def test_as_if_the_processor_had_less(lanes, name, features):
     code = f"from tapeless.ops.cpu.simd import LANES; assert LANES == {lanes}, LANES"
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not processor"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-k", "not processor"],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

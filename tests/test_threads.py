@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import threading
+from functools import partial
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -392,3 +394,39 @@ print(len(done))
 
 def test_an_interrupt_waits_until_all_are_done(child):
     assert child(INTERRUPTED).splitlines() == ["interrupted after 2", "4"]
+
+
+def test_a_task_that_fails_is_heard_of():
+    """And its thread is still there for the next task."""
+
+    def fails():
+        raise MemoryError("no room")
+
+    for _ in range(3):
+        with pytest.raises(MemoryError, match="no room"):
+            team.run_together([fails, lambda: None])
+        done = SimpleQueue()
+        team.run_together([partial(done.put, 1), partial(done.put, 2)])
+        assert {done.get(), done.get()} == {1, 2}
+
+
+FORKED = """
+import os
+import tapeless as tl
+
+def losses():
+    run = tl.train("names", threads=2, steps=3, batch_size=4, samples=0, progress=False)
+    return run.losses.tolist()
+
+mine = losses()
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+    print("both")
+else:
+    os._exit(losses() != mine)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_threads_of_its_own(child):
+    assert child(FORKED).strip() == "both"

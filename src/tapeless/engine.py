@@ -52,8 +52,8 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
 
 def effective(config: GPTConfig, engine: str) -> GPTConfig:
     """The config whose buffers and passes an engine really has: the compiled engine runs every attention
-    in its flash form, whose results are the same and which keeps and moves less."""
-    return config.replace(attention="flash") if engine == "cpu" else config
+    in its flash form, in tiles of its own; results are the same, and less is kept and moved."""
+    return config.replace(attention="flash", attention_tile=1) if engine == "cpu" else config
 
 
 def check_memory(

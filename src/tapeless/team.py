@@ -9,6 +9,7 @@ from itertools import pairwise
 from queue import SimpleQueue
 
 from tapeless.config import GPTConfig, whole
+from tapeless.errors import ConfigError
 from tapeless.layout import n_params
 
 MAX_THREADS = 1024
@@ -43,7 +44,10 @@ def check_threads(engine: str, threads: int | None) -> int | None:
     """`threads` if it can be a number of threads. Raises `ConfigError` if not."""
     if threads is None:
         return None
-    return whole("threads", threads, 1, 1 if engine == "reference" else MAX_THREADS)
+    threads = whole("threads", threads, 1, MAX_THREADS)
+    if engine == "reference" and threads > 1:
+        raise ConfigError(f"threads must be 1, not {threads}: the reference engine has one thread.")
+    return threads
 
 
 def shares(documents: int, threads: int) -> list[tuple[int, int]]:
@@ -61,7 +65,7 @@ def run_together(tasks: Sequence[Callable[[], object]]) -> None:
 
     Either all begin or, if the system refuses a thread, none. They wait for each other, so nothing
     may come between: workers, who get no signals, start each other, and the caller puts off a
-    Ctrl-C until they are done.
+    Ctrl-C until they are done. Raises what a task raised.
     """
     workers = _take_workers(len(tasks))
     done = _Done()
@@ -71,7 +75,7 @@ def run_together(tasks: Sequence[Callable[[], object]]) -> None:
             worker.tasks.put((task, done))
         tasks[0]()
 
-    interrupt = None
+    failure: BaseException | None = None
     workers[0].tasks.put((begin, done))
     while True:
         try:
@@ -79,10 +83,11 @@ def run_together(tasks: Sequence[Callable[[], object]]) -> None:
                 done.news.get()
             break
         except KeyboardInterrupt as caught:
-            interrupt = caught
+            failure = caught
     _idle.extend(workers)
-    if interrupt is not None:
-        raise interrupt
+    failure = failure or done.failure
+    if failure is not None:
+        raise failure
 
 
 class _Done:
@@ -90,6 +95,7 @@ class _Done:
 
     def __init__(self) -> None:
         self.finished: list[threading.Thread] = []
+        self.failure: BaseException | None = None
         self.news: SimpleQueue[None] = SimpleQueue()
 
 
@@ -106,12 +112,15 @@ class _Worker(threading.Thread):
             task, done = self.tasks.get()
             try:
                 task()
-            finally:
-                done.finished.append(self)
-                done.news.put(None)
+            except BaseException as failure:
+                done.failure = failure
+            done.finished.append(self)
+            done.news.put(None)
 
 
 _idle: list[_Worker] = []  # workers of all engines that have nothing to do
+if hasattr(os, "register_at_fork"):  # a child process has its parent's list, but not its threads
+    os.register_at_fork(after_in_child=_idle.clear)
 
 
 def _take_workers(count: int) -> list[_Worker]:

@@ -29,11 +29,15 @@ def bench(
 
     Raises `ConfigError` for an unknown case, or one that `profile` cannot look into.
     """
+    from tapeless.ops.cpu.profile import check_can_count
+
     for name in names:
         if name not in CASES:
             raise ConfigError(f"no benchmark is called {name!r}.{did_you_mean(name, CASES)}")
         if profile and name not in TRAINING:
             raise ConfigError(f"only training can be profiled, not {name!r}. Known: {', '.join(TRAINING)}.")
+    if profile:
+        check_can_count()
     session, peaks, results = Session(seconds, say), Peaks(), []
     for name in dict.fromkeys(names or (TRAINING if profile else CASES)):
         say(name)

@@ -59,21 +59,22 @@ def make_ops(head_dim: int, block_size: int) -> dict[str, Callable]:
 def _by_rows(K: int, T: int) -> tuple[Callable, Callable]:
     # Lanes that belong together: the vectors of a head, or the heads in a vector; and a head's in one vector.
     width, group = max(K, LANES), min(K, LANES)
-    scale = _f32(K**-0.5)
+    heads, scale = width // K, _f32(K**-0.5)
     attend = _make_attend(K)
 
     def flash_attention_forward(out, lse, scratch, qkv, starts, sizes, tile):
-        N, C = out.shape
+        (N, C), H = out.shape, lse.shape[1]
         keys, values = matrix(qkv, C, N, C, 3 * C), matrix(qkv, 2 * C, N, C, 3 * C)
         for s in range(sizes[1]):
             start = starts[s]
             for t in range(start, starts[s + 1]):
                 for b in range(0, C, width):
                     whole = attend(out, scratch, qkv, keys, values, t, b, start, t - start + 1)
-                    store(collect(whole, group), lse, t, b // K)
+                    here = min(heads, H - b // K)
+                    store(collect(whole, group), matrix(lse, t * H + b // K, 1, here, H), 0, 0)
 
     def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, starts, sizes, tile):
-        N, C = out.shape
+        (N, C), H = out.shape, lse.shape[1]
         queries, dqueries = matrix(qkv, 0, N, C, 3 * C), matrix(dqkv, 0, N, C, 3 * C)
         keys, values = matrix(qkv, C, N, C, 3 * C), matrix(qkv, 2 * C, N, C, 3 * C)
         dkeys, dvalues = matrix(dqkv, C, N, C, 3 * C), matrix(dqkv, 2 * C, N, C, 3 * C)
@@ -88,7 +89,8 @@ def _by_rows(K: int, T: int) -> tuple[Callable, Callable]:
                     for c in range(b, b + width, LANES):
                         along = fma(load(dout, t, c), load(out, t, c), along)
                     along = group_sum(along, group)
-                    whole = spread(load(lse, t, b // K), group)
+                    here = min(heads, H - b // K)
+                    whole = spread(load(matrix(lse, t * H + b // K, 1, here, H), 0, 0), group)
                     # With one key the softmax is constant; dp and along may round differently.
                     slope = scale if t > start else _f32(0)
                     for j in range(start, t + 1):
@@ -159,7 +161,7 @@ def _decode(K: int) -> Callable:
 
 def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
     B, TILE = ATTENTION_QUERIES, attention_keys(T)
-    P, room = -(-K // B) * B, -(-T // B) * B  # a head's numbers and keys, with room for whole vectors
+    P, room = -(-K // LANES) * LANES, -(-T // B) * B  # a head's numbers, and keys, in whole vectors
     scale = _f32(K**-0.5)
     product = make_product()
 

@@ -146,6 +146,7 @@ def jit(function: Callable, **options: Any) -> Any:
 def _pipeline() -> Any:
     """Numba's compiler up to LLVM's language. By itself it would go on to optimise every function and
     make machine code of it; here all of them become one program, for which `_emit` does that once."""
+    import numba
     from llvmlite.binding.newpassmanagers import create_new_function_pass_manager
     from numba.core.compiler import CompilerBase, DefaultPassBuilder
     from numba.core.compiler_machinery import register_pass
@@ -171,6 +172,8 @@ def _pipeline() -> Any:
 
         def run_pass(self, state):
             library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
+            if not (hasattr(library, "_optimize_functions") and hasattr(library, "_optimize_final_module")):
+                raise RuntimeError(f"numba {numba.__version__} optimises in another way than tapeless knows")
             library._optimize_functions = simplify_functions
             library._optimize_final_module = lambda: None
             state.library = library

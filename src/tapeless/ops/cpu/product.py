@@ -173,11 +173,13 @@ def matmul(y: np.ndarray, x: np.ndarray, w: np.ndarray, threads: int | None = No
 
     **Arguments:** y [m, n], x [m, k] and w [k, n] of float32; m, k ≥ 1 and n ≥ LANES, the numbers in a
     vector. The rows of y must be contiguous, and those of w or of wᵀ; x may have any strides. y must not
-    overlap x or w. Raises `ValueError` for anything else but an overlap.
+    overlap x or w. Raises `ValueError` for anything else but an overlap, and for threads < 1.
     """
     from tapeless.ops.cpu.simd import LANES
 
     _check(y, x, w, LANES)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}.")
     (m, k), n = x.shape, w.shape[1]
     ldy, row, term, w_term, column = (s // 4 for s in (y.strides[0], *x.strides, *w.strides))
     addresses = y.ctypes.data, x.ctypes.data, w.ctypes.data
@@ -213,7 +215,7 @@ def _check(y: np.ndarray, x: np.ndarray, w: np.ndarray, lanes: int) -> None:
     """Native code trusts what it is given."""
     fits = all(a.dtype == np.float32 and a.ndim == 2 for a in (y, x, w))
     fits = fits and y.shape == (x.shape[0], w.shape[1]) and x.shape[1] == w.shape[0]
-    fits = fits and 0 not in x.shape and w.shape[1] >= lanes
+    fits = fits and 0 not in x.shape and w.shape[1] >= lanes and y.flags.writeable
     if (
         not fits
         or y.strides[1] != 4
@@ -223,7 +225,7 @@ def _check(y: np.ndarray, x: np.ndarray, w: np.ndarray, lanes: int) -> None:
         got = "; ".join(f"{a.dtype} {a.shape} in steps of {a.strides} bytes" for a in (y, x, w))
         raise ValueError(
             f"expected float32 y [m, n], x [m, k] and w [k, n] with m, k ≥ 1 and n ≥ {lanes}, the rows of y "
-            f"and of w or wᵀ contiguous; got {got}."
+            f"and of w or wᵀ contiguous, y writeable; got {got}."
         )
 
 
@@ -237,3 +239,7 @@ def _routine() -> Callable[..., None]:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "product")
+
+
+if hasattr(os, "register_at_fork"):  # a child process has its parent's pools, but not their threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -21,7 +21,7 @@ from tapeless.ops.cpu.native import jit
 _MARKS = {
     "optimiser": ("adamw", "sgd", "global_norm"),
     "attention": ("attention",),
-    "products": ("linear", "head", "product"),
+    "products": ("linear", "head"),
     "softmax and loss": ("cross_entropy",),
     "activation": ("relu", "gelu"),
     "norms": ("norm",),
@@ -48,8 +48,7 @@ class ProfiledEngine(Engine):
     variant = "profiled"
 
     def program(self, name: str) -> Callable:
-        if not can_count():
-            raise ConfigError("profiling reads the cycle counter of x86-64 processors; this one is another.")
+        check_can_count()
         llvm.add_symbol(_SYMBOL, _counts.ctypes.data)
         return super().program(name)
 
@@ -59,6 +58,11 @@ class ProfiledEngine(Engine):
 
 def can_count() -> bool:
     return llvm.get_default_triple().startswith("x86_64")
+
+
+def check_can_count() -> None:
+    if not can_count():
+        raise ConfigError("profiling reads the cycle counter of x86-64 processors; this one is another.")
 
 
 def reset() -> None:

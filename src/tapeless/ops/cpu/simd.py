@@ -195,7 +195,11 @@ def _load(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def load(typing_context, array, *index):
-    """The vector that begins at array[index]; what lies beyond the row's end is 0."""
+    """The vector that begins at array[index]; what lies beyond the row's end is 0.
+
+    The index lies in the row. Rows of a multiple of LANES are never asked whether a vector ends in
+    them: there its last index must be such a multiple, too.
+    """
     kinds: Any = index[0] if len(index) == 1 and isinstance(index[0], types.BaseTuple) else index
 
     def codegen(context, builder, sig, args):
@@ -206,7 +210,7 @@ def load(typing_context, array, *index):
 
 @intrinsic
 def store(typing_context, value, array, *index):
-    """Let the vector begin at array[index]; what lies beyond the row's end is left out."""
+    """Let the vector begin at array[index], as for `load`; what lies beyond the row's end is left out."""
     kinds: Any = index[0] if len(index) == 1 and isinstance(index[0], types.BaseTuple) else index
 
     def codegen(context, builder, sig, args):
