@@ -11,22 +11,19 @@ fastest counts; arrays are warm, as far as they fit the caches.
 from __future__ import annotations
 
 import ctypes
-import datetime
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 
+from tapeless.bench import about
 from tapeless.ops.cpu import native
+from tapeless.ops.cpu.peak import peak_gflops
 from tapeless.ops.cpu.product import make_product, matmul
-from tapeless.ops.cpu.simd import LANES
 
 # tokens, I and O of layers [I, O]
 NARROW = [(n, *io) for n in (114, 7, 1) for io in ((16, 48), (16, 16), (16, 64), (64, 16), (16, 27))]
@@ -58,36 +55,6 @@ def backward_w(dw, x, dy, repeats):
     n, I, O = *x.shape, dw.shape[1]
     for _ in range(repeats):
         product(dw, O, dw, O, x, 1, I, dy, O, 1, I, O, n)
-
-
-def peak() -> float:
-    """FLOP/s of one core: chains of multiply-adds that stay in registers."""
-    vec, chains, steps = f"<{LANES} x float>", range(12), 1_000_000
-    lines = [
-        f"declare {vec} @llvm.fmuladd.v{LANES}f32({vec}, {vec}, {vec})",
-        f"define void @peak({vec}* %p) {{",
-    ]
-    lines += ["entry:", f"%x = load {vec}, {vec}* %p, align 4", "br label %loop", "loop:"]
-    lines += ["%i = phi i64 [0, %entry], [%j, %loop]"]
-    lines += [f"%s{c} = phi {vec} [%x, %entry], [%t{c}, %loop]" for c in chains]
-    lines += [
-        f"%t{c} = call {vec} @llvm.fmuladd.v{LANES}f32({vec} %x, {vec} %x, {vec} %s{c})" for c in chains
-    ]
-    lines += [
-        "%j = add i64 %i, 1",
-        f"%more = icmp ult i64 %j, {steps}",
-        "br i1 %more, label %loop, label %done",
-    ]
-    lines += ["done:", f"%sum0 = fadd {vec} %t0, %t1"]
-    lines += [f"%sum{c - 1} = fadd {vec} %sum{c - 2}, %t{c}" for c in chains[2:]]
-    lines += [f"store {vec} %sum{len(chains) - 2}, {vec}* %p, align 4", "ret void", "}"]
-    machine = native._target_machine()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly("\n".join(lines)), machine)
-    engine.finalize_object()
-    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("peak"))
-    numbers = np.zeros(LANES, np.float32)
-    seconds = fastest([lambda: run(numbers.ctypes.data)], 5)[0]
-    return 2 * LANES * len(chains) * steps / seconds
 
 
 def fastest(calls: Sequence[Callable[[], object]], rounds: int, pause: float = 0) -> list[float]:
@@ -167,11 +134,10 @@ def large(core: float) -> None:
 
 
 def main() -> None:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("tapeless", "numpy", "numba", "llvmlite"))
-    print(
-        f"{platform.machine()}, {native.simd()}, {os.cpu_count()} cores; {versions}; {datetime.date.today()}"
-    )
-    core = peak()
+    known = about()
+    print(f"{known['machine']['processor']}, {known['simd']}, {os.cpu_count()} cores; {known['date']}")
+    print(", ".join(f"{name} {version}" for name, version in known["versions"].items()))
+    core = peak_gflops() * 1e9
     print(f"one core's peak: {core / 1e9:.1f} GFLOP/s")
     small(core)
     large(core)

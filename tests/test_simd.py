@@ -41,7 +41,7 @@ from tapeless.ops.cpu.simd import (
 FUNCTIONS = {
     "exp": (np.exp, 1.3e-7, (-87.33, 88.37)),
     "tanh": (np.tanh, 4e-7, (-np.inf, np.inf)),
-    "log": (np.log, 2e-7, (1.2e-38, np.inf)),
+    "log": (np.log, 1e-7, (1.2e-38, np.inf)),
     "rsqrt": (lambda x: x**-0.5, 1.8e-7, (1.2e-38, np.inf)),
 }
 
@@ -75,7 +75,7 @@ def worst_errors(stride):
             if inside.any():
                 want = exact(x[inside].astype("f8"))
                 error = np.abs(results[name][inside] - want) / np.maximum(np.abs(want), 1e-300)
-                worst[name] = max(worst[name], error.max())
+                worst[name] = np.maximum(worst[name], error.max())
     return worst
 
 
@@ -103,6 +103,7 @@ def test_beyond_the_range():
     np.testing.assert_allclose(got["exp"], want, rtol=2e-7)
     np.testing.assert_allclose(got["tanh"], np.tanh(x), rtol=4e-7)
     assert np.isnan(got["log"][0])
+    assert got["log"][1] == np.inf
     assert np.isnan(got["rsqrt"][0])
     assert got["log"][4] == 0
 

@@ -244,18 +244,15 @@ def budget(
     from rich.console import Console
     from rich.table import Table
 
-    from tapeless.engine import effective, machine_memory
-    from tapeless.layout import PER_THREAD, memory, n_params, nbytes
+    from tapeless.engine import machine_memory, training_memory
+    from tapeless.layout import PER_THREAD, n_params, nbytes
     from tapeless.presets import get_preset
-    from tapeless.team import check_threads, team_size
 
     config = _model_config(preset, set_)
     settings = {} if batch_size is None else {"batch_size": batch_size}
     documents = get_preset(preset).with_settings(settings).training.batch_size
     tokens = documents * config.block_size
-    team = team_size(config, documents, check_threads("cpu", threads))
-    share = -(-documents // team)
-    plans = memory(effective(config, "cpu"), "float32", share * config.block_size, share)
+    plans, team = training_memory(config, "cpu", "float32", documents, threads)
     table = Table("buffer", box=None)
     table.add_column("bytes", justify="right")
     table.add_column("largest tensors")

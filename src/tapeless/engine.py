@@ -56,16 +56,23 @@ def effective(config: GPTConfig, engine: str) -> GPTConfig:
     return config.replace(attention="flash", attention_tile=1) if engine == "cpu" else config
 
 
+def training_memory(
+    config: GPTConfig, engine: str, dtype: Any, batch_size: int, threads: int | None
+) -> tuple[dict[str, Plan], int]:
+    """What training with this batch size allocates, by buffer, and how many threads share a step (those
+    in `layout.PER_THREAD` are there once for each). Raises `ConfigError` for no number of threads."""
+    check_threads(engine, threads)
+    team = 1 if engine == "reference" else team_size(config, batch_size, threads)
+    documents = -(-batch_size // team)
+    return memory(effective(config, engine), dtype, documents * config.block_size, documents), team
+
+
 def check_memory(
     config: GPTConfig, engine: str, dtype: str | None, batch_size: int, threads: int | None = None
 ) -> None:
     """Raise `ConfigError` if training with this batch size, or with 0 just holding a model and its
     gradients, needs more memory than the machine has."""
-    check_threads(engine, threads)
-    team = 1 if engine == "reference" else team_size(config, batch_size, threads)
-    documents = -(-batch_size // team)
-    dtype_ = check_engine(engine, dtype)
-    plans = memory(effective(config, engine), dtype_, documents * config.block_size, documents)
+    plans, team = training_memory(config, engine, check_engine(engine, dtype), batch_size, threads)
     if batch_size == 0:
         plans = {name: plans[name] for name in ("parameters", "gradients")}
     needed, total = nbytes(plans, team), machine_memory()

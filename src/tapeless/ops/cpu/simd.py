@@ -125,8 +125,6 @@ for _function, _instruction in (
     (operator.truediv, "fdiv"),
 ):
     _operator(_function, _instruction)
-    if _inplace := getattr(operator, f"i{_function.__name__}", None):
-        _operator(_inplace, _instruction)
 _operator(operator.gt, ">", mask)
 _operator(operator.lt, "<", mask)
 
@@ -160,16 +158,18 @@ def _intrinsic(result: Any, *wanted: Any) -> Callable[[Callable], Any]:
 
 
 def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> tuple[Any, Any, Any]:
-    """A pointer to the vector that begins at this index, how much of its row is left, and whether all
-    vectors of a row are full: a constant when the row's length is one."""
+    """A pointer to the vector that begins at this index, how much of its row is left, and whether that is
+    enough for the vector: a constant when the row's length is one and a multiple of LANES."""
     made = arrayobj.make_array(kind)(context, builder, array)
     shape = cgutils.unpack_tuple(builder, made.shape, kind.ndim)
     strides = cgutils.unpack_tuple(builder, made.strides, kind.ndim)
     item = cgutils.get_item_pointer2(
         context, builder, made.data, shape, strides, kind.layout, index, wraparound=False
     )
-    full = builder.icmp_unsigned("==", builder.urem(shape[-1], constant(LANES)), constant(0))
-    return builder.bitcast(item, VEC.as_pointer()), builder.sub(shape[-1], index[-1]), full
+    left = builder.sub(shape[-1], index[-1])
+    all_whole = builder.icmp_unsigned("==", builder.urem(shape[-1], constant(LANES)), constant(0))
+    whole = builder.or_(all_whole, builder.icmp_signed(">=", left, constant(LANES)))
+    return builder.bitcast(item, VEC.as_pointer()), left, whole
 
 
 def _integers(context: Any, builder: Any, kinds: Any, packed: Any) -> list[Any]:
@@ -178,8 +178,7 @@ def _integers(context: Any, builder: Any, kinds: Any, packed: Any) -> list[Any]:
 
 
 def _load(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
-    place, left, full = _place(context, builder, kind, array, index)
-    whole = builder.or_(full, builder.icmp_signed(">=", left, constant(LANES)))
+    place, left, whole = _place(context, builder, kind, array, index)
     with builder.if_else(whole, likely=True) as (then, otherwise):
         with then:
             every, block = builder.load(place, align=4), builder.block
@@ -215,10 +214,9 @@ def store(typing_context, value, array, *index):
 
     def codegen(context, builder, sig, args):
         value = _as_vector(context, builder, sig.args[0], args[0])
-        place, left, full = _place(
+        place, left, whole = _place(
             context, builder, sig.args[1], args[1], _integers(context, builder, kinds, args[2])
         )
-        whole = builder.or_(full, builder.icmp_signed(">=", left, constant(LANES)))
         with builder.if_else(whole, likely=True) as (then, otherwise):
             with then:
                 builder.store(value, place, align=4)
@@ -370,11 +368,22 @@ def power_of_two(builder, n):
 _ROOT_HALF = 0x3F3504F3  # ½√2 as float32
 
 
+def _exponents(builder: Any, x: Any) -> Any:
+    above = builder.sub(builder.bitcast(x, WORDS), ir.Constant(WORDS, [_ROOT_HALF] * LANES))
+    return builder.ashr(above, ir.Constant(WORDS, [23] * LANES))
+
+
 @_intrinsic(vector, vector)
 def exponent(builder, x):
     """The k for which 2⁻ᵏ·x lies between ½√2 and √2, for positive normal x."""
-    above = builder.sub(builder.bitcast(x, WORDS), ir.Constant(WORDS, [_ROOT_HALF] * LANES))
-    return builder.sitofp(builder.ashr(above, ir.Constant(WORDS, [23] * LANES)), VEC)
+    return builder.sitofp(_exponents(builder, x), VEC)
+
+
+@_intrinsic(vector, vector)
+def significand(builder, x):
+    """2⁻ᵏ·x for that k; exact, where a product with 2⁻ᵏ would need numbers that float32 lacks."""
+    shifted = builder.shl(_exponents(builder, x), ir.Constant(WORDS, [23] * LANES))
+    return builder.bitcast(builder.sub(builder.bitcast(x, WORDS), shifted), VEC)
 
 
 @_intrinsic(vector, vector)
@@ -417,16 +426,18 @@ def tanh(x):
 
 @jit
 def log(x):
-    """The natural logarithm, to 2e-7 of its value, for positive normal x.
+    """The natural logarithm, to 1e-7 of its value, for positive normal x; of infinity and NaN, themselves.
 
-    x = 2ᵏ·m with ½√2 ≤ m < √2; then log m = 2·artanh(s) with s = (m − 1)/(m + 1), by its series.
+    x = 2ᵏ·(1 + f) with ½√2 ≤ 1 + f < √2. With s = f/(2 + f), log(1 + f) = 2·artanh(s) = f − s·(f − R), R
+    being the series of 2·artanh(s)/s after its first term: f itself, most of it, is not rounded.
     """
     k = exponent(x)
-    m = x * power_of_two(0.0 - k)
-    s = (m - 1.0) / (m + 1.0)
+    f = significand(x) - 1.0
+    s = f / (f + 2.0)
     u = s * s
-    series = fma(fma(fma(fma(2 / 9, u, 2 / 7), u, 2 / 5), u, 2 / 3), u, 2.0)
-    return fma(k, _LN2_HIGH, fma(k, _LN2_LOW, s * series))
+    rest = u * fma(fma(fma(2 / 9, u, 2 / 7), u, 2 / 5), u, 2 / 3)
+    whole = fma(k, _LN2_HIGH, fma(k, _LN2_LOW, fma(s, rest - f, f)))
+    return where(x < _INFINITY, whole, x)
 
 
 @jit
