@@ -1,0 +1,48 @@
+"""The command line. Each command is a thin face of a function of the package."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tapeless.cli import models, runs
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train and run GPTs whose every gradient is written by hand.",
+    epilog="Begin with:  tapeless train",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from tapeless import __version__
+
+        print(f"tapeless {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", metavar="", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+for _command in (
+    runs.train,
+    runs.sample,
+    models.check,
+    models.budget,
+    models.bench,
+    models.presets,
+):
+    app.command()(_command)

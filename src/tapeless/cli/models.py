@@ -1,0 +1,160 @@
+"""Commands about models before they are trained: presets, check, budget, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tapeless.cli.options import EngineName, Settings, Threads, option, parse_settings, say
+
+PresetName = Annotated[
+    str, typer.Argument(metavar="PRESET", help="The model: see [bold]tapeless presets[/].")
+]
+
+
+def _model_config(preset: str, pairs: list[str] | None) -> Any:
+    """A preset's architecture with settings changed. Before there is data, the vocabulary is that of
+    the names: 26 letters and BOS."""
+    from tapeless.presets import get_preset
+
+    config = get_preset(preset).with_settings(parse_settings(pairs)).model
+    return config.replace(vocab_size=config.vocab_size or 27)
+
+
+def check(
+    preset: PresetName = "microgpt",
+    set_: Settings = None,
+    engine: EngineName = None,
+    entries: Annotated[
+        int, typer.Option(metavar="N", help="Entries checked of a tensor; all of them where it has fewer.")
+    ] = 5000,
+    seed: Annotated[int, typer.Option(metavar="S", help="Seed of weights, tokens and entries.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result down as .html or .json.")
+    ] = None,
+) -> None:
+    """Check every hand-written gradient, and print a table.
+
+    Against finite differences in float64 on the reference engine; then the CPU engine against the
+    reference. Exit code 1 if anything disagrees.
+    """
+    from tapeless import certificate
+    from tapeless.gradcheck import example, gradcheck
+    from tapeless.progress import COMPILING
+
+    if report is not None:
+        certificate.check_path(report)
+    config = _model_config(preset, set_)
+    model, *batch = example(config, "cpu" if engine is None else engine, seed)
+    model.engine.notice = lambda: say(COMPILING)
+    result = gradcheck(model, *batch, entries=entries, seed=seed)
+    certificate.show(preset, config, result, report)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def budget(
+    preset: PresetName = "microgpt",
+    set_: Settings = None,
+    batch_size: Annotated[int | None, option("Documents a step.", "B", "the preset's")] = None,
+    threads: Threads = None,
+) -> None:
+    """Show the memory that training takes, to the byte, before anything is allocated.
+
+    Each document counts as a full block of tokens. Exit code 1 if it does not fit this machine.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from tapeless.engine import machine_memory, training_memory
+    from tapeless.layout import PER_THREAD, n_params, nbytes
+    from tapeless.presets import get_preset
+
+    config = _model_config(preset, set_)
+    settings = {} if batch_size is None else {"batch_size": batch_size}
+    documents = get_preset(preset).with_settings(settings).training.batch_size
+    tokens = documents * config.block_size
+    plans, team = training_memory(config, "cpu", "float32", documents, threads)
+    table = Table("buffer", box=None)
+    table.add_column("bytes", justify="right")
+    table.add_column("largest tensors")
+    for name, plan in plans.items():
+        largest = sorted(plan.sizes().items(), key=lambda item: -item[1])[:3]
+        times = team if name in PER_THREAD else 1
+        table.add_row(
+            f"{name} × {times}" if times > 1 else name,
+            f"{plan.nbytes * times:,}",
+            ", ".join(f"{t} {size:,}" for t, size in largest if size),
+        )
+    needed, total = nbytes(plans, team), machine_memory()
+    table.add_section()
+    table.add_row("total", f"{needed:,}", "")
+    console = Console(highlight=False)
+    console.print(
+        f"{preset}: {n_params(config):,} parameters, vocabulary {config.vocab:,}; "
+        f"{documents:,} × {config.block_size:,} = {tokens:,} tokens a step, "
+        f"{team} thread{'s' if team > 1 else ''}, float32"
+    )
+    console.print(table)
+    fits = needed <= total
+    console.print(f"{'Fits' if fits else 'Does not fit'} in this machine's {total / 1e9:,.1f} GB.")
+    if not fits:
+        raise typer.Exit(1)
+
+
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CASE",
+            help="What to measure, e.g. microgpt or generate. [dim]\\[default: everything][/]",
+            show_default=False,
+        ),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", metavar="", help="Show where the time of a training step goes, too."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how fast this machine trains and generates, and what share of its peak that is.
+
+    A run that differs from the reference engine's gets no figure; exit code 1 then.
+    """
+    from tapeless.bench import bench as measure
+    from tapeless.bench import tables
+
+    report = measure(cases or (), profile=profile, say=say)
+    if json:
+        from json import dumps
+
+        print(dumps(report, indent=1, ensure_ascii=False))
+    else:
+        tables.show(report)
+    if any("refused" in case for case in report["cases"]):
+        raise typer.Exit(1)
+
+
+def presets() -> None:
+    """List the presets: models with everything needed to train them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tapeless.layout import n_params
+    from tapeless.presets import presets as all_presets
+
+    table = Table("preset", box=None)
+    for column in ("parameters", "layers", "heads", "width", "context"):
+        table.add_column(column, justify="right")
+    for name, preset in all_presets.items():
+        c = preset.model
+        # Before there is data, count with the 26 letters and BOS that the names have.
+        count = n_params(c.replace(vocab_size=c.vocab_size or 27))
+        table.add_row(name, f"{count:,}", *map(str, (c.n_layer, c.n_head, c.n_embd, c.block_size)))
+    summaries = Table(box=None, show_header=False)
+    for name, preset in all_presets.items():
+        summaries.add_row(name, preset.summary)
+    console = Console()
+    console.print(table, "", summaries, sep="\n")

@@ -1,0 +1,52 @@
+"""What several commands share: options, and how they speak."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def option(help: str, metavar: str, default: str, *names: str) -> Any:
+    """An option whose default is not known here: None stands for it, and `default` tells it."""
+    return typer.Option(
+        *names, help=f"{help} [dim]\\[default: {default}][/]", metavar=metavar, show_default=False
+    )
+
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change any model or training setting, e.g. n_embd=32. May be given again and again.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None, option("Threads that share a step.", "N", "the processors, or 1 where a step is small")
+]
+EngineName = Annotated[str | None, option("cpu (compiled) or reference (NumPy).", "NAME", "cpu")]
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+    from tapeless.errors import ConfigError
+    from tapeless.presets import parse_setting
+
+    settings = {}
+    for pair in pairs or []:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise ConfigError(f"--set needs KEY=VALUE, not {pair!r}.")
+        settings[name.strip()] = parse_setting(name.strip(), value.strip())
+    return settings
+
+
+def quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def say(line: str) -> None:
+    typer.echo(line, err=True)
