@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from tapeless.config import GPTConfig
 from tapeless.errors import ConfigError, did_you_mean
 from tapeless.layout import (
     BATCH,
+    ME,
     Plan,
     Tensor,
     activation_grads,
@@ -27,14 +28,13 @@ from tapeless.layout import (
     decoding,
     memory,
     n_params,
-    nbytes,
     parameter_plan,
     parameters,
     view_class,
 )
-from tapeless.programs import DATA, FLAT, OPTIMISER, PROGRAMS, RESULT, SAMPLES, TEAM
+from tapeless.programs import DATA, FLAT, OPTIMISER, PROGRAMS, RESULT, SAMPLES
 from tapeless.schedule import Schedule, make_schedule
-from tapeless.team import check_threads, parts, shares, team_size
+from tapeless.team import by_documents, check_threads, decoding_team, parts, shares, team_size
 
 ENGINES = ("cpu", "reference")
 
@@ -59,12 +59,11 @@ def effective(config: GPTConfig, engine: str) -> GPTConfig:
 def training_memory(
     config: GPTConfig, engine: str, dtype: Any, batch_size: int, threads: int | None
 ) -> tuple[dict[str, Plan], int]:
-    """What training with this batch size allocates, by buffer, and how many threads share a step (those
-    in `layout.PER_THREAD` are there once for each). Raises `ConfigError` for no number of threads."""
+    """What training with this batch size allocates, by buffer, and how many threads share a step. Raises
+    `ConfigError` for no number of threads."""
     check_threads(engine, threads)
     team = 1 if engine == "reference" else team_size(config, batch_size, threads)
-    documents = -(-batch_size // team)
-    return memory(effective(config, engine), dtype, documents * config.block_size, documents), team
+    return memory(effective(config, engine), dtype, batch_size * config.block_size, batch_size, team), team
 
 
 def check_memory(
@@ -72,10 +71,10 @@ def check_memory(
 ) -> None:
     """Raise `ConfigError` if training with this batch size, or with 0 just holding a model and its
     gradients, needs more memory than the machine has."""
-    plans, team = training_memory(config, engine, check_engine(engine, dtype), batch_size, threads)
+    plans, _ = training_memory(config, engine, check_engine(engine, dtype), batch_size, threads)
     if batch_size == 0:
         plans = {name: plans[name] for name in ("parameters", "gradients")}
-    needed, total = nbytes(plans, team), machine_memory()
+    needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
     if needed > total:
         raise ConfigError(
             f"this needs {needed / 1e9:,.1f} GB of memory ({n_params(config):,} parameters, batches of up to "
@@ -90,17 +89,6 @@ def machine_memory() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return float("inf")
-
-
-class _Own(NamedTuple):
-    """The groups of views that a thread has for itself: of its gradients and its share of the batch."""
-
-    g: Any
-    flat: Any
-    a: Any
-    d: Any
-    batch: Any
-    result: Any
 
 
 class Engine:
@@ -125,10 +113,9 @@ class Engine:
         plan = parameter_plan(config, self.dtype)
         self.params, self.p = self._flat("p", plan)
         self.grads, self.g = self._flat("g", plan)
-        self._others = self.grads.reshape(1, -1)[:0]  # gradients of the threads after the first
         self._programs: dict[str, Callable] = {}
+        self._teams: dict[int, tuple[list[Any], list[Any]]] = {}
         self._capacity = (0, 0, 0)
-        self._teams: dict[int, list[Any]] = {}
 
     def _flat(self, name: str, plan: Plan) -> tuple[np.ndarray, Any]:
         buffer = plan.allocate()
@@ -141,45 +128,30 @@ class Engine:
         return 1 if self.name == "reference" else team_size(self.config, documents, self.threads)
 
     def reserve(self, tokens: int, documents: int, threads: int = 1) -> None:
-        """Make room for batches of this size on each of so many threads."""
+        """Make room for batches of this size, shared by so many threads."""
         wanted = (tokens, documents, threads)
-        n, d, k = (max(pair) for pair in zip(self._capacity, wanted, strict=True))
-        if (n, d, k) == self._capacity:
+        n, d, w = (max(pair) for pair in zip(self._capacity, wanted, strict=True))
+        if (n, d, w) == self._capacity:
             return
-        others = self._others
-        if k > 1 + len(others):
-            others = aligned_zeros((k - 1) * self.grads.nbytes).view(self.dtype).reshape(k - 1, -1)
-        plan = parameter_plan(self.config, self.dtype)
-        views = [self.g, *(plan.views("g", row.view(np.uint8)) for row in others)]
-        flats = [view_class("flat", FLAT)(row) for row in (self.grads, *others)]
-        self._own = [
-            _Own(
-                g,
-                flat,
-                self._views("a", activations(self._runs), {"N": n, "D": d}),
-                self._views("d", activation_grads(self._runs), {"N": n, "D": d}),
-                self._views("batch", BATCH, {"N": n, "D": d}),
-                self._views("result", RESULT),
-            )
-            for g, flat in zip(views, flats, strict=True)
-        ]
-        self._others, self._capacity = others, (n, d, k)
+        sizes = {"N": n, "D": d, "W": w}
+        self.a = self._views("a", activations(self._runs), sizes)
+        self.d = self._views("d", activation_grads(self._runs), sizes)
+        self.batch = self._views("batch", BATCH, sizes)
+        self._result = self._views("result", RESULT, sizes)
+        self._capacity = (n, d, w)
         self._teams.clear()
-        _, _, self.a, self.d, self.batch, self._result = self._own[0]
 
     def _views(self, name: str, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None = None) -> Any:
         plan = Plan(tensors, self.dtype, sizes)
         return plan.views(name, plan.allocate())
 
-    def _team(self, threads: int) -> list[Any]:
-        """The group `team` of each thread."""
+    def _team(self, threads: int) -> tuple[list[Any], list[Any]]:
+        """The groups `batch` and `flat` of each thread: the same batch, but what is its share of it, and its
+        part of the gradients."""
         if threads not in self._teams:
-            arrivals, squares = (aligned_zeros(64 * threads).reshape(threads, -1) for _ in range(2))
-            shared = self._others[: threads - 1], arrivals.view(np.int64), squares.view(np.float64)
-            self._teams[threads] = [
-                view_class("team", TEAM)(np.array([k, first], np.int64), self.grads[first:end], *shared)
-                for k, (first, end) in enumerate(parts(self.grads.size, threads))
-            ]
+            flats = [view_class("flat", FLAT)(self.grads[i:j]) for i, j in parts(self.grads.size, threads)]
+            self._teams[threads] = _shares(self.batch, threads), flats
+        self.batch.arrivals[:] = 0
         return self._teams[threads]
 
     @cached_property
@@ -200,11 +172,17 @@ class Engine:
         return optimisers
 
     @cached_property
-    def _decoding(self) -> tuple[Any, Any]:
-        return (
-            self._views("c", decoding(self._runs)),
-            self._views("batch", BATCH, {"N": 1, "D": 1}),
-        )
+    def _decoding(self) -> list[tuple[Any, Any]]:
+        """The groups `c` and `batch` of each thread. The first has the only row; of what is large, all
+        have a part."""
+        threads = decoding_team(self.config, self.threads) if self.name == "cpu" else 1
+        sizes = {"N": 1, "D": 1, "W": threads}
+        c, batch = self._views("c", decoding(self._runs), sizes), self._views("batch", BATCH, sizes)
+        batch.sizes[:] = 1
+        batches = _shares(batch, threads)
+        for part in batches:
+            part.share[:3] = part.share[ME] > 0, 1, 1
+        return [(c, part) for part in batches]
 
     # ------------------------------------------------------------ programs
 
@@ -254,7 +232,6 @@ class Engine:
             "result": RESULT,
             "opt": OPTIMISER,
             "data": DATA,
-            "team": TEAM,
             "out": SAMPLES,
         }[argument]
 
@@ -265,69 +242,62 @@ class Engine:
         starts = np.asarray(starts)
         n, documents = len(tokens), len(starts) - 1
         threads = self.team(documents)
-        bounds = shares(documents, threads)
-        largest = max(int(starts[end] - starts[begin]) for begin, end in bounds)
-        self.reserve(largest, max(end - begin for begin, end in bounds), threads)
+        self.reserve(n, documents, threads)
+        b = self.batch
+        b.tokens[:n], b.targets[:n], b.weights[:n] = tokens, targets, weights
+        b.positions[:n] = np.arange(n) - np.repeat(starts[:-1], np.diff(starts))
+        b.starts[: documents + 1] = starts
+        b.sizes[:] = n, documents
+        whole = by_documents(documents, threads)
+        bounds = starts[np.array(shares(documents, threads))] if whole else shares(n, threads)
         self._filled = threads
-        positions = np.arange(n) - np.repeat(starts[:-1], np.diff(starts))
-        for own, (begin, end) in zip(self._own, bounds, strict=False):
-            b, part = own.batch, slice(starts[begin], starts[end])
-            size = part.stop - part.start
-            for buffer, values in (
-                (b.tokens, tokens),
-                (b.targets, targets),
-                (b.positions, positions),
-                (b.weights, weights),
-            ):
-                buffer[:size] = values[part]
-            b.starts[: end - begin + 1] = starts[begin : end + 1] - starts[begin]
-            b.sizes[:] = size, end - begin
+        for part, (begin, end) in zip(self._team(threads)[0], bounds, strict=True):
+            part.share[:3] = begin, end, n
         return n
 
     def logits(self) -> np.ndarray:
         """Logits [N, V] of the batch, after `evaluate` or `gradient`."""
-        used = self._own[: self._filled]
-        return np.concatenate([own.a.logits[: own.batch.sizes[0]] for own in used])
+        return self.a.logits[: self.batch.sizes[0]].copy()
 
     def evaluate(self) -> float:
         """Loss of the batch; `logits` has its logits."""
-        used = self._own[: self._filled]
-        self._run("evaluate", [(self.p, own.a, own.batch, own.result) for own in used])
-        return sum(float(own.result.loss[0]) for own in used)
+        self._result.loss[:] = 0
+        batches, _ = self._team(self._filled)
+        self._run("evaluate", [(self.p, self.a, batch, self._result) for batch in batches])
+        return float(self._result.loss.sum())
 
     def gradient(self) -> float:
         """Loss of the batch; its gradients are in `grads`."""
-        used = self._own[: self._filled]
+        self._result.loss[:] = 0
         self._run(
             "gradient",
             [
-                (self.p, own.g, own.a, own.d, own.batch, own.flat, own.result, team)
-                for own, team in zip(used, self._team(len(used)), strict=True)
+                (self.p, self.g, self.a, self.d, batch, flat, self._result)
+                for batch, flat in zip(*self._team(self._filled), strict=True)
             ],
         )
-        return sum(float(own.result.loss[0]) for own in used)
+        return float(self._result.loss.sum())
 
     def train(
         self, stream: np.ndarray, spans: np.ndarray, lrs: np.ndarray, optimiser: str = "adamw"
     ) -> np.ndarray:
-        """One optimiser step ("adamw" or "sgd") for each of `spans` [K, B, 2] at the learning rates
-        `lrs` [K]; returns the K losses. The other constants are in `self.optimiser.constants`."""
-        threads = self.team(spans.shape[1])
-        bounds = shares(spans.shape[1], threads)
-        largest = max(int(spans[:, begin:end, 1].sum(1).max()) for begin, end in bounds)
-        self.reserve(largest, max(end - begin for begin, end in bounds), threads)
-        losses = np.empty((threads, len(spans)))
-        data = view_class("data", DATA)(stream, np.ascontiguousarray(spans), np.asarray(lrs), losses[0])
+        """One optimiser step ("adamw" or "sgd") for each of `spans` [K, B, 2] or [K, A, B, 2], whose
+        gradients are those of A batches, at the learning rates `lrs` [K]; returns the K losses. The other
+        constants are in `self.optimiser.constants`."""
+        spans = np.ascontiguousarray(spans.reshape(len(spans), -1, *spans.shape[-2:]))
+        documents = spans.shape[2]
+        threads = self.team(documents)
+        self.reserve(int(spans[..., 1].sum(-1).max()), documents, threads)
+        losses = np.zeros((self._capacity[2], len(spans)))
+        data = view_class("data", DATA)(stream, spans, np.asarray(lrs), losses)
         self._run(
             optimiser,
             [
-                (self.p, own.g, own.a, own.d, own.batch, own.flat, opt, data._replace(losses=part), team)
-                for own, opt, team, part in zip(
-                    self._own[:threads], self._optimisers(threads), self._team(threads), losses, strict=True
-                )
+                (self.p, self.g, self.a, self.d, batch, flat, opt, data)
+                for batch, flat, opt in zip(*self._team(threads), self._optimisers(threads), strict=True)
             ],
         )
-        return sum(losses[1:], start=losses[0])
+        return losses.sum(0)
 
     def _run(self, name: str, calls: Sequence[tuple[Any, ...]]) -> None:
         """Run a program on one thread for each of `calls`."""
@@ -360,7 +330,8 @@ class Engine:
             np.array([length, stop, temperature, top_k, top_p], np.float64),
         )
         out.tokens[:, :length] = prompt
-        self.program("generate")(self.p, *self._decoding, out)
+        self._decoding[0][1].arrivals[:] = 0
+        self._run("generate", [(self.p, c, batch, out) for c, batch in self._decoding])
         rows = [row[length:end] for row, end in zip(out.tokens, out.lengths, strict=True)]
         return rows, int(out.used[0])
 
@@ -372,3 +343,8 @@ def uses(engine: str, dtype: np.dtype, threads: int) -> str:
     from tapeless.ops.cpu import native
 
     return f"cpu engine ({native.simd()}, {threads} thread{'s' if threads > 1 else ''}, {dtype})"
+
+
+def _shares(batch: Any, threads: int) -> list[Any]:
+    """A batch for each of so many threads: the same buffers, and each thread's own share."""
+    return [batch._replace(share=np.array([0, 0, 0, k, threads], np.int64)) for k in range(threads)]

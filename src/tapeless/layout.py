@@ -1,9 +1,9 @@
 """Where every number lives: the tensors of a model, their shapes, and their places in flat buffers.
 
-A `Tensor` says what one buffer holds; its shape may use the symbols `N` (tokens in the batch) and
-`D` (documents in the batch), which are known only when buffers are planned. Three lists describe a
-model completely: `parameters`, `activations` and `activation_grads`. Everything that stores, prints,
-counts, saves or compiles goes by them.
+A `Tensor` says what one buffer holds; its shape may use the symbols `N` (tokens in the batch), `D`
+(documents in the batch) and `W` (threads that share it), which are known only when buffers are
+planned. Three lists describe a model completely: `parameters`, `activations` and `activation_grads`.
+Everything that stores, prints, counts, saves or compiles goes by them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from tapeless.config import GPTConfig
 
 SINKHORN_ITERATIONS = 20  # as in Xie et al. 2025, arXiv:2512.24880
-N, D = "N", "D"  # symbolic sizes: tokens, documents of a batch
+N, D, W = "N", "D", "W"  # symbolic sizes: tokens and documents of a batch, threads (workers)
 ALIGN = 64  # bytes: a cache line, and the widest vector
 
 
@@ -32,6 +32,9 @@ class Tensor(NamedTuple):
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(sizes[s] if isinstance(s, str) else s for s in self.shape)
+
+    def one_row(self) -> Tensor:
+        return self._replace(shape=tuple(1 if s == N else s for s in self.shape))
 
 
 @cache
@@ -141,7 +144,7 @@ def activations(config: GPTConfig) -> tuple[Tensor, ...]:
         Tensor("f", (0,) if mhc else (N, C)),
         Tensor("out", (N, C) if mhc else (0,)),
         *norm("f", c.norm_final, N),
-        Tensor("scratch", (attention_scratch(c)[0],)),
+        Tensor("scratch", (W, attention_scratch(c)[0])),
         Tensor("logits", (N, V)),
         Tensor("logits_stats", (N, 2)),
         Tensor("loss", (N,)),
@@ -164,8 +167,8 @@ def activation_grads(config: GPTConfig) -> tuple[Tensor, ...]:
         Tensor("out", rows if mhc else (0,)),
         Tensor("h", rows),
         Tensor("qkv", (N, 3 * c.n_embd)),
-        Tensor("row", (S if mhc else 0,)),  # a number per stream
-        Tensor("scratch", (attention_scratch(c)[1],)),
+        Tensor("sums", (W, S * S if mhc else 0)),
+        Tensor("scratch", (W, attention_scratch(c)[1])),
         Tensor("att", (N, c.n_embd)),
         Tensor("u", (N, c.n_hidden)),
         Tensor("v", (N, c.n_hidden)),
@@ -178,9 +181,8 @@ def decoding(config: GPTConfig) -> tuple[Tensor, ...]:
     """What generating one position at a time needs: the activations of one token and, in place of
     attention's probabilities, every layer's keys and values so far."""
     c = config
-    one = {N: 1}
     cache_ = Tensor("cache", (c.n_layer, c.block_size, 2, c.n_head, c.head_dim))
-    return tuple(cache_ if t.name == "probs" else Tensor(t.name, t.resolve(one)) for t in activations(c))
+    return tuple(cache_ if t.name == "probs" else t.one_row() for t in activations(c))
 
 
 BATCH = (
@@ -190,7 +192,13 @@ BATCH = (
     Tensor("weights", (N,)),  # of each token in the loss; they sum to one
     Tensor("starts", ("D+1",), "int32"),  # document s is tokens starts[s] to starts[s+1]
     Tensor("sizes", (2,), "int32"),  # tokens and documents really in the batch
+    # A thread's share of it: rows first and end of so many, which thread this is, of how many
+    Tensor("share", (5,), "int64"),
+    # Of each thread, a cache line apart, so that nobody waits for a line that another one writes:
+    Tensor("arrivals", (W, 8), "int64"),  # how often it has come to a place where all meet
+    Tensor("squares", (W, 8), "float64"),  # the squared norm of its part of the gradient
 )
+ME = 3  # where in `share` a thread finds its own number; the number of threads stands after it
 
 
 @cache
@@ -309,15 +317,10 @@ def cut_segments(segments: np.ndarray, first: int, end: int) -> np.ndarray:
     return inside[inside[:, 0] < inside[:, 1]]
 
 
-# The buffers of which each thread has its own.
-PER_THREAD = ("gradients", "activations", "activation gradients", "batch")
-
-
-def memory(config: GPTConfig, dtype: Any, tokens: int, documents: int) -> dict[str, Plan]:
-    """What training on batches of up to `tokens` in `documents` (of one thread's share) allocates: a
-    plan for each buffer, exact to the byte, before anything is allocated. Those of `PER_THREAD` are
-    allocated once for each thread."""
-    sizes = {N: tokens, D: documents}
+def memory(config: GPTConfig, dtype: Any, tokens: int, documents: int, threads: int) -> dict[str, Plan]:
+    """What training on batches of up to `tokens` in `documents` allocates: a plan for each buffer, exact
+    to the byte, before anything is allocated."""
+    sizes = {N: tokens, D: documents, W: threads}
     flat = parameter_plan(config, dtype)
     return {
         "parameters": flat,
@@ -328,8 +331,3 @@ def memory(config: GPTConfig, dtype: Any, tokens: int, documents: int) -> dict[s
         "activation gradients": Plan(activation_grads(config), dtype, sizes),
         "batch": Plan(BATCH, dtype, sizes),
     }
-
-
-def nbytes(plans: Mapping[str, Plan], threads: int) -> int:
-    """Bytes of all buffers of `memory` for so many threads."""
-    return sum(plan.nbytes * (threads if name in PER_THREAD else 1) for name, plan in plans.items())

@@ -13,22 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from tapeless.layout import Tensor
+from tapeless.layout import ME, Tensor
 from tapeless.schedule import Schedule
 
-# The other groups of views that programs take. Symbols: P parameters, M stream, K steps, B documents
-# a step (or tokens a sample), U uniforms, W threads (workers), O of them all but the first.
-FLAT = (Tensor("grads", ("P",)),)  # this thread's
-RESULT = (Tensor("loss", (1,), "float64"),)  # of this thread's share
-# A thread adds up all threads' gradients of its own part of the parameters, Q of them, and updates it.
-TEAM = (
-    Tensor("mine", (2,), "int64"),  # which thread this is, and where its part begins
-    Tensor("grads", ("Q",)),  # its part of the first thread's gradients: the sum
-    Tensor("others", ("O", "P")),  # the other threads' gradients
-    # Of each thread, a cache line apart, so that nobody waits for a line that another one writes:
-    Tensor("arrivals", ("W", 8), "int64"),  # how often it has come to a place where all meet
-    Tensor("squares", ("W", 8), "float64"),  # the squared norm of its part of the gradient
-)
+# The other groups of views that programs take. Symbols: Q a thread's part of the parameters, M stream,
+# K steps, A batches a step, B documents a batch (or tokens a sample), U uniforms, W threads (workers).
+FLAT = (Tensor("grads", ("Q",)),)  # this thread's part of the gradients
+RESULT = (Tensor("loss", ("W",), "float64"),)  # of each thread's share
 OPTIMISER = (
     Tensor("params", ("Q",)),
     Tensor("m", ("Q",)),
@@ -39,9 +30,9 @@ OPTIMISER = (
 )
 DATA = (
     Tensor("stream", ("M",), "int32"),
-    Tensor("spans", ("K", "B", 2), "int64"),
+    Tensor("spans", ("K", "A", "B", 2), "int64"),
     Tensor("lrs", ("K",), "float64"),
-    Tensor("losses", ("K",), "float64"),  # of this thread's share
+    Tensor("losses", ("W", "K"), "float64"),  # of each thread's share
 )
 SAMPLES = (
     Tensor("tokens", ("K", "B"), "int32"),  # each row begins with the prompt
@@ -58,72 +49,74 @@ def _make_evaluate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
 
     def evaluate(groups):
         p, a, batch, result = groups
-        result.loss[0] = forward(p, a, batch)
+        result.loss[batch.share[ME]] = forward(p, a, batch)
 
     return evaluate
 
 
 def _make_gradient(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    forward, backward = schedule.forward, schedule.backward
-    wait, gather = ops.wait, ops.gather
+    forward, backward, rows_of, meet = schedule.forward, schedule.backward, ops.rows, ops.meet
 
     def gradient(groups):
-        p, g, a, d, batch, flat, result, team = groups
+        p, g, a, d, batch, flat, result = groups
         flat.grads[:] = 0
-        result.loss[0] = forward(p, a, batch)
+        meet(rows_of(batch))
+        result.loss[batch.share[ME]] = forward(p, a, batch)
         backward(p, g, a, d, batch)
-        wait(team.arrivals, team.mine[0])
-        gather(team.grads, team.others, team.mine[1])
 
     return gradient
 
 
 def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -> Callable:
-    """Every thread runs all steps, on its share of each step's documents and with gradients of its
-    own; then it adds up all threads' gradients of its part of the parameters, and updates that."""
-    forward, backward, pack = schedule.forward, schedule.backward, ops.pack
+    """Every thread runs all steps, and updates its own part of the parameters."""
+    forward, backward = schedule.forward, schedule.backward
+    pack, rows_of, meet = ops.pack, ops.rows, ops.meet
     adamw, sgd, global_norm = ops.adamw, ops.sgd, ops.global_norm
-    wait, gather = ops.wait, ops.gather
 
     def train(groups):
-        p, g, a, d, batch, flat, opt, data, team = groups
+        p, g, a, d, batch, flat, opt, data = groups
         beta1, beta2, eps = opt.constants[0], opt.constants[1], opt.constants[2]
         weight_decay, momentum, clip = opt.constants[3], opt.constants[4], opt.constants[5]
-        me, first = team.mine[0], team.mine[1]
-        threads, documents = team.arrivals.shape[0], data.spans.shape[1]
-        begin, stop = me * documents // threads, (me + 1) * documents // threads
-        for k in range(data.losses.shape[0]):
-            pack(batch, data.stream, data.spans[k], begin, stop)
+        me, threads = batch.share[ME], batch.share[ME + 1]
+        for k in range(data.lrs.shape[0]):
+            spans = data.spans[k]
+            tokens = 0
+            for i in range(spans.shape[0]):
+                for s in range(spans.shape[1]):
+                    tokens += spans[i, s, 1]
             flat.grads[:] = 0
-            data.losses[k] = forward(p, a, batch)
-            backward(p, g, a, d, batch)
-            wait(team.arrivals, me)
-            gather(team.grads, team.others, first)
+            loss = 0.0
+            for i in range(spans.shape[0]):
+                pack(batch, data.stream, spans[i], tokens)
+                loss += forward(p, a, batch)
+                backward(p, g, a, d, batch)
+            data.losses[me, k] = loss
             lr, scale = data.lrs[k], 1.0
             if clip > 0:
-                team.squares[me, 0] = global_norm(team.grads) ** 2
-                wait(team.arrivals, me)
+                batch.squares[me, 0] = global_norm(flat.grads) ** 2
+                meet(rows_of(batch))
                 square = 0.0
                 for thread in range(threads):
-                    square += team.squares[thread, 0]
+                    square += batch.squares[thread, 0]
                 scale = min(1.0, clip / (np.sqrt(square) + 1e-6))
             if adaptive:
                 adamw(
-                    opt.params, team.grads, opt.m, opt.v, opt.powers, opt.segments,
+                    opt.params, flat.grads, opt.m, opt.v, opt.powers, opt.segments,
                     lr, beta1, beta2, eps, weight_decay, scale,
                 )  # fmt: skip
             else:
-                sgd(opt.params, team.grads, opt.m, lr, momentum, scale)
-            wait(team.arrivals, me)
+                sgd(opt.params, flat.grads, opt.m, lr, momentum, scale)
+            meet(rows_of(batch))
 
     return train
 
 
 def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    decode, sample_token = schedule.decode, ops.sample_token
+    decode, sample_token, rows_of, meet = schedule.decode, ops.sample_token, ops.rows, ops.meet
 
     def generate(groups):
         p, c, batch, out = groups
+        me = batch.share[ME]
         prompt, stop = int(out.options[0]), int(out.options[1])
         temperature, top_k, top_p = out.options[2], out.options[3], out.options[4]
         batch.sizes[0] = 1
@@ -140,11 +133,14 @@ def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
                     batch.positions[0] = t
                     decode(p, c, batch)
                 cached = 0 if first else length
-                token = sample_token(out.probs, c.logits[0], temperature, top_k, top_p, out.uniforms[used])
+                if me == 0:
+                    row[length] = sample_token(
+                        out.probs, c.logits[0], temperature, top_k, top_p, out.uniforms[used]
+                    )
+                meet(rows_of(batch))
                 used += 1
-                if token == stop:
+                if row[length] == stop:
                     break
-                row[length] = token
                 length += 1
             out.lengths[k] = length
         out.used[0] = used
@@ -152,10 +148,10 @@ def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
     return generate
 
 
-_TRAINING = ("p", "g", "a", "d", "batch", "flat", "opt", "data", "team")
+_TRAINING = ("p", "g", "a", "d", "batch", "flat", "opt", "data")
 PROGRAMS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "evaluate": (_make_evaluate, ("p", "a", "batch", "result")),
-    "gradient": (_make_gradient, ("p", "g", "a", "d", "batch", "flat", "result", "team")),
+    "gradient": (_make_gradient, ("p", "g", "a", "d", "batch", "flat", "result")),
     "adamw": (partial(_make_train, adaptive=True), _TRAINING),
     "sgd": (partial(_make_train, adaptive=False), _TRAINING),
     "generate": (_make_generate, ("p", "c", "batch", "out")),

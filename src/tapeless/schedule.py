@@ -8,6 +8,7 @@ are decided before anything runs.
     p  parameters              g  their gradients (backward adds to them)
     a  activations             d  gradients of activations
     batch  tokens, targets, positions, weights, starts and sizes = (n tokens, n documents)
+    rows, docs   of the batch, that the op works on: all, or for threads that share a step, each its own
 
 Read `forward` from top to bottom, then `backward` from its head line down: it is `forward` in
 reverse, line by line. `d.x` is the running gradient of the residual stream: at the top of each
@@ -48,6 +49,7 @@ def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callabl
     norm_mlp, norm_final = config.norm_mlp, config.norm_final
     mhc, flash = config.residual == "mhc", config.attention == "flash"
 
+    rows_of, documents_of = ops.rows, ops.documents
     embed_forward, linear_forward, add_forward = ops.embed_forward, ops.linear_forward, ops.add_forward
     norm_forward = ops.layernorm_forward if config.norm == "layer" else ops.rmsnorm_forward
     activation_forward = ops.gelu_forward if config.activation == "gelu" else ops.relu_forward
@@ -59,68 +61,68 @@ def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callabl
     mhc_distribute_forward, mhc_contract_forward = ops.mhc_distribute_forward, ops.mhc_contract_forward
 
     def forward(p, a, batch):
-        n = batch.sizes[0]
+        rows, docs = rows_of(batch), documents_of(batch)
         emb = a.emb if norm_embed or mhc else a.x[0]
-        embed_forward(emb, p.wte, p.wpe, batch.tokens, batch.positions, n)
+        embed_forward(emb, p.wte, p.wpe, batch.tokens, batch.positions, rows)
         if norm_embed:
             he = a.he if mhc else a.x[0]
-            norm_forward(he, a.meane, a.rstde, emb, p.norme_w, p.norme_b, n, eps)
+            norm_forward(he, a.meane, a.rstde, emb, p.norme_w, p.norme_b, rows, eps)
         if mhc:
-            mhc_expand_forward(a.x[0], a.he if norm_embed else a.emb, n)
+            mhc_expand_forward(a.x[0], a.he if norm_embed else a.emb, rows)
 
         for l in range(n_layer):
             # y = x + wo · attention(wqkv · norm(x))
             if mhc:
                 matrix_forward(a.A1[l], a.sinkhorn1[l], p.mix1[l])
-                mhc_mix_forward(a.y[l], a.in1[l], a.x[l], a.A1[l], p.alpha1[l], n)
+                mhc_mix_forward(a.y[l], a.in1[l], a.x[l], a.A1[l], p.alpha1[l], rows)
             x = a.in1[l] if mhc else a.x[l]
             if norm_attn:
-                norm_forward(a.h1[l], a.mean1[l], a.rstd1[l], x, p.norm1_w[l], p.norm1_b[l], n, eps)
+                norm_forward(a.h1[l], a.mean1[l], a.rstd1[l], x, p.norm1_w[l], p.norm1_b[l], rows, eps)
             h1 = a.h1[l] if norm_attn else x
-            linear_forward(a.qkv[l], h1, p.wqkv[l], p.bqkv[l], n)
+            linear_forward(a.qkv[l], h1, p.wqkv[l], p.bqkv[l], rows)
             if decoding:
-                attention_decode(a.att[l], a.cache[l], a.scratch, a.qkv[l], batch.positions)
+                attention_decode(a.att[l], a.cache[l], a.scratch, a.qkv[l], batch.positions, rows)
             elif flash:
-                attention_forward(a.att[l], a.lse[l], a.scratch, a.qkv[l], batch.starts, batch.sizes, tile)
+                attention_forward(a.att[l], a.lse[l], a.scratch, a.qkv[l], docs, tile)
             else:
-                attention_forward(a.att[l], a.probs[l], a.qkv[l], batch.starts, batch.sizes)
+                attention_forward(a.att[l], a.probs[l], a.qkv[l], docs)
             f1 = a.f1[l] if mhc else a.f
-            linear_forward(f1, a.att[l], p.wo[l], p.bo[l], n)
+            linear_forward(f1, a.att[l], p.wo[l], p.bo[l], rows)
             if mhc:
-                mhc_distribute_forward(a.y[l], f1, p.beta1[l], n)
+                mhc_distribute_forward(a.y[l], f1, p.beta1[l], rows)
             else:
-                add_forward(a.y[l], x, f1, n)
+                add_forward(a.y[l], x, f1, rows)
 
             # x' = y + w2 · activation(w1 · norm(y))
             if mhc:
                 matrix_forward(a.A2[l], a.sinkhorn2[l], p.mix2[l])
-                mhc_mix_forward(a.x[l + 1], a.in2[l], a.y[l], a.A2[l], p.alpha2[l], n)
+                mhc_mix_forward(a.x[l + 1], a.in2[l], a.y[l], a.A2[l], p.alpha2[l], rows)
             y = a.in2[l] if mhc else a.y[l]
             if norm_mlp:
-                norm_forward(a.h2[l], a.mean2[l], a.rstd2[l], y, p.norm2_w[l], p.norm2_b[l], n, eps)
+                norm_forward(a.h2[l], a.mean2[l], a.rstd2[l], y, p.norm2_w[l], p.norm2_b[l], rows, eps)
             h2 = a.h2[l] if norm_mlp else y
-            linear_forward(a.u[l], h2, p.w1[l], p.b1[l], n)
-            activation_forward(a.v[l], a.u[l], n)
+            linear_forward(a.u[l], h2, p.w1[l], p.b1[l], rows)
+            activation_forward(a.v[l], a.u[l], rows)
             f2 = a.f2[l] if mhc else a.f
-            linear_forward(f2, a.v[l], p.w2[l], p.b2[l], n)
+            linear_forward(f2, a.v[l], p.w2[l], p.b2[l], rows)
             if mhc:
-                mhc_distribute_forward(a.x[l + 1], f2, p.beta2[l], n)
+                mhc_distribute_forward(a.x[l + 1], f2, p.beta2[l], rows)
             else:
-                add_forward(a.x[l + 1], y, f2, n)
+                add_forward(a.x[l + 1], y, f2, rows)
 
         if mhc:
-            mhc_contract_forward(a.out, a.x[n_layer], p.contract, n)
+            mhc_contract_forward(a.out, a.x[n_layer], p.contract, rows)
         out = a.out if mhc else a.x[n_layer]
         if norm_final:
-            norm_forward(a.hf, a.meanf, a.rstdf, out, p.normf_w, p.normf_b, n, eps)
+            norm_forward(a.hf, a.meanf, a.rstdf, out, p.normf_w, p.normf_b, rows, eps)
         hf = a.hf if norm_final else out
         if tied:
-            tied_head_forward(a.logits, hf, p.wte, n)
+            tied_head_forward(a.logits, hf, p.wte, rows)
         else:
-            linear_forward(a.logits, hf, p.head, p.head[0, :0], n)
+            linear_forward(a.logits, hf, p.head, p.head[0, :0], rows)
         if decoding:
             return 0.0
-        return cross_entropy_forward(a.loss, a.logits_stats, a.logits, batch.targets, batch.weights, n)
+        return cross_entropy_forward(a.loss, a.logits_stats, a.logits, batch.targets, batch.weights, rows)
 
     return forward
 
@@ -132,6 +134,7 @@ def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
     norm_mlp, norm_final = config.norm_mlp, config.norm_final
     mhc, flash = config.residual == "mhc", config.attention == "flash"
 
+    rows_of, documents_of = ops.rows, ops.documents
     embed_backward, linear_backward = ops.embed_backward, ops.linear_backward
     zero, accumulate = ops.zero, ops.accumulate
     norm_backward = ops.layernorm_backward if config.norm == "layer" else ops.rmsnorm_backward
@@ -143,71 +146,69 @@ def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
     mhc_distribute_backward, mhc_contract_backward = ops.mhc_distribute_backward, ops.mhc_contract_backward
 
     def backward(p, g, a, d, batch):
-        n = batch.sizes[0]
-        cross_entropy_backward(d.logits, a.logits, a.logits_stats, batch.targets, batch.weights, n)
+        rows, docs = rows_of(batch), documents_of(batch)
+        cross_entropy_backward(d.logits, a.logits, a.logits_stats, batch.targets, batch.weights, rows)
         out, dout = a.out if mhc else a.x[n_layer], d.out if mhc else d.x
         hf, dhf = a.hf if norm_final else out, d.h if norm_final else dout
         if tied:
-            tied_head_backward(dhf, g.wte, d.logits, hf, p.wte, n)
+            tied_head_backward(dhf, g.wte, d.logits, hf, p.wte, rows)
         else:
-            linear_backward(dhf, g.head, g.head[0, :0], d.logits, hf, p.head, n)
+            linear_backward(dhf, g.head, g.head[0, :0], d.logits, hf, p.head, rows)
         if norm_final:
-            zero(dout, n)
-            norm_backward(dout, g.normf_w, g.normf_b, d.h, out, a.meanf, a.rstdf, p.normf_w, n)
+            zero(dout, rows)
+            norm_backward(dout, g.normf_w, g.normf_b, d.h, out, a.meanf, a.rstdf, p.normf_w, rows)
         if mhc:
-            mhc_contract_backward(d.x, g.contract, d.out, a.x[n_layer], p.contract, n)
+            mhc_contract_backward(d.x, g.contract, d.sums, d.out, a.x[n_layer], p.contract, rows)
 
         for l in range(n_layer - 1, -1, -1):
             # x' = y + w2 · activation(w1 · norm(y)):  the sum passes d.x on to both its terms
             y, dy = a.in2[l] if mhc else a.y[l], d.inp if mhc else d.x
             if mhc:
-                mhc_distribute_backward(d.f, g.beta2[l], d.x, a.f2[l], p.beta2[l], n)
-                zero(d.inp, n)
+                mhc_distribute_backward(d.f, g.beta2[l], d.sums, d.x, a.f2[l], p.beta2[l], rows)
+                zero(d.inp, rows)
             df = d.f if mhc else d.x
             h2 = a.h2[l] if norm_mlp else y
-            linear_backward(d.v, g.w2[l], g.b2[l], df, a.v[l], p.w2[l], n)
-            activation_backward(d.u, d.v, a.u[l], n)
-            linear_backward(d.h, g.w1[l], g.b1[l], d.u, h2, p.w1[l], n)
+            linear_backward(d.v, g.w2[l], g.b2[l], df, a.v[l], p.w2[l], rows)
+            activation_backward(d.u, d.v, a.u[l], rows)
+            linear_backward(d.h, g.w1[l], g.b1[l], d.u, h2, p.w1[l], rows)
             if norm_mlp:
                 mean, rstd = a.mean2[l], a.rstd2[l]
-                norm_backward(dy, g.norm2_w[l], g.norm2_b[l], d.h, y, mean, rstd, p.norm2_w[l], n)
+                norm_backward(dy, g.norm2_w[l], g.norm2_b[l], d.h, y, mean, rstd, p.norm2_w[l], rows)
             else:
-                accumulate(dy, d.h, n)
+                accumulate(dy, d.h, rows)
             if mhc:
-                mhc_mix_backward(d.x, d.A, g.alpha2[l], d.row, d.inp, a.y[l], a.A2[l], p.alpha2[l], n)
-                matrix_backward(g.mix2[l], d.A, a.A2[l], a.sinkhorn2[l])
+                mhc_mix_backward(d.x, d.A, g.alpha2[l], d.sums, d.inp, a.y[l], a.A2[l], p.alpha2[l], rows)
+                matrix_backward(g.mix2[l], d.A, a.A2[l], a.sinkhorn2[l], rows)
 
             # y = x + wo · attention(wqkv · norm(x))
             x, dx = a.in1[l] if mhc else a.x[l], d.inp if mhc else d.x
             if mhc:
-                mhc_distribute_backward(d.f, g.beta1[l], d.x, a.f1[l], p.beta1[l], n)
-                zero(d.inp, n)
+                mhc_distribute_backward(d.f, g.beta1[l], d.sums, d.x, a.f1[l], p.beta1[l], rows)
+                zero(d.inp, rows)
             df = d.f if mhc else d.x
             h1 = a.h1[l] if norm_attn else x
-            linear_backward(d.att, g.wo[l], g.bo[l], df, a.att[l], p.wo[l], n)
+            linear_backward(d.att, g.wo[l], g.bo[l], df, a.att[l], p.wo[l], rows)
             if flash:
-                attention_backward(
-                    d.qkv, d.scratch, d.att, a.att[l], a.lse[l], a.qkv[l], batch.starts, batch.sizes, tile
-                )
+                attention_backward(d.qkv, d.scratch, d.att, a.att[l], a.lse[l], a.qkv[l], docs, tile)
             else:
-                attention_backward(d.qkv, d.att, a.probs[l], a.qkv[l], batch.starts, batch.sizes)
-            linear_backward(d.h, g.wqkv[l], g.bqkv[l], d.qkv, h1, p.wqkv[l], n)
+                attention_backward(d.qkv, d.att, a.probs[l], a.qkv[l], docs)
+            linear_backward(d.h, g.wqkv[l], g.bqkv[l], d.qkv, h1, p.wqkv[l], rows)
             if norm_attn:
                 mean, rstd = a.mean1[l], a.rstd1[l]
-                norm_backward(dx, g.norm1_w[l], g.norm1_b[l], d.h, x, mean, rstd, p.norm1_w[l], n)
+                norm_backward(dx, g.norm1_w[l], g.norm1_b[l], d.h, x, mean, rstd, p.norm1_w[l], rows)
             else:
-                accumulate(dx, d.h, n)
+                accumulate(dx, d.h, rows)
             if mhc:
-                mhc_mix_backward(d.x, d.A, g.alpha1[l], d.row, d.inp, a.x[l], a.A1[l], p.alpha1[l], n)
-                matrix_backward(g.mix1[l], d.A, a.A1[l], a.sinkhorn1[l])
+                mhc_mix_backward(d.x, d.A, g.alpha1[l], d.sums, d.inp, a.x[l], a.A1[l], p.alpha1[l], rows)
+                matrix_backward(g.mix1[l], d.A, a.A1[l], a.sinkhorn1[l], rows)
 
         if mhc:
-            mhc_expand_backward(d.he if norm_embed else d.emb, d.x, n)
+            mhc_expand_backward(d.he if norm_embed else d.emb, d.x, rows)
         if norm_embed:
             dhe = d.he if mhc else d.x
-            zero(d.emb, n)
-            norm_backward(d.emb, g.norme_w, g.norme_b, dhe, a.emb, a.meane, a.rstde, p.norme_w, n)
+            zero(d.emb, rows)
+            norm_backward(d.emb, g.norme_w, g.norme_b, dhe, a.emb, a.meane, a.rstde, p.norme_w, rows)
         demb = d.emb if norm_embed or mhc else d.x
-        embed_backward(g.wte, g.wpe, demb, batch.tokens, batch.positions, n)
+        embed_backward(g.wte, g.wpe, demb, batch.tokens, batch.positions, rows)
 
     return backward

@@ -14,17 +14,31 @@ from tapeless.layout import n_params
 
 MAX_THREADS = 1024
 # Parameters times tokens of a step from which more threads pay: some 100 µs of one thread's work. They
-# meet two or three times a step, and all wait for any that the system holds up.
+# meet some ten times a layer, and all wait for any that the system holds up.
 WORTHWHILE = 8_000_000
 
 
 def team_size(config: GPTConfig, documents: int, threads: int | None) -> int:
     """How many threads share a step of so many documents: `threads`, or, for None, as many as there
-    are processors if the step is large enough for that to pay. Each has a document at least."""
+    are processors if the step is large enough for that to pay."""
     if threads is None:
         work = n_params(config) * documents * config.block_size
-        threads = processors() if work >= WORTHWHILE else 1
-    return max(1, min(threads, documents))
+        return processors() if work >= WORTHWHILE else 1
+    return threads
+
+
+def decoding_team(config: GPTConfig, threads: int | None) -> int:
+    """How many threads generate a text together: `threads`, or for None as many as there are processors if
+    the model is so large that reading its weights takes most of the time."""
+    if threads is None:
+        return processors() if n_params(config) >= WORTHWHILE // 2 else 1
+    return threads
+
+
+def by_documents(documents: int, threads: int) -> bool:
+    """Whether each thread gets whole documents: if that shares the work evenly. Or else each gets as many
+    tokens, and attention, which needs whole documents, is shared by heads."""
+    return documents % threads == 0 or documents >= 4 * threads
 
 
 def processors() -> int:

@@ -276,9 +276,8 @@ class _Job:
         engine = self.model.engine
         engine.notice = progress.compiling
         progress.start(self._headline())
-        threads = engine.team(self.training.batch_size)
-        documents = -(-self.training.batch_size // threads)
-        engine.reserve(self.order.longest * documents, documents, threads)
+        documents = self.training.batch_size
+        engine.reserve(self.order.longest * documents, documents, engine.team(documents))
         engine.program(self._program)
         # Only now that nothing else can go wrong is a run that stands there replaced.
         if self.folder is not None:

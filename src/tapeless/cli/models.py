@@ -69,7 +69,7 @@ def budget(
     from rich.table import Table
 
     from tapeless.engine import machine_memory, training_memory
-    from tapeless.layout import PER_THREAD, n_params, nbytes
+    from tapeless.layout import n_params
     from tapeless.presets import get_preset
 
     config = _model_config(preset, set_)
@@ -82,13 +82,8 @@ def budget(
     table.add_column("largest tensors")
     for name, plan in plans.items():
         largest = sorted(plan.sizes().items(), key=lambda item: -item[1])[:3]
-        times = team if name in PER_THREAD else 1
-        table.add_row(
-            f"{name} × {times}" if times > 1 else name,
-            f"{plan.nbytes * times:,}",
-            ", ".join(f"{t} {size:,}" for t, size in largest if size),
-        )
-    needed, total = nbytes(plans, team), machine_memory()
+        table.add_row(name, f"{plan.nbytes:,}", ", ".join(f"{t} {size:,}" for t, size in largest if size))
+    needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
     table.add_section()
     table.add_row("total", f"{needed:,}", "")
     console = Console(highlight=False)

@@ -19,30 +19,38 @@ import numpy as np
 # ---------------------------------------------------------------- moving numbers
 
 
-def pack(batch, stream, spans, first, end):
-    """Fill `batch` from spans `first` to `end` of the token stream, packed end to end.
+def pack(batch, stream, spans, tokens):
+    """Fill `batch` from spans [B, 2] of the token stream, packed end to end.
 
     Span s = (start, length) has inputs `stream[start : start+length]` and targets one further.
-    Positions restart at 0 in each; weights are 1/N with N the tokens of all spans, so that the losses
-    of all their parts add up to the mean over tokens.
+    Positions restart at 0 in each; weights are 1/tokens, with the tokens of the whole step, of which
+    this may be a part: so losses of all its parts add up to the mean over tokens.
     """
-    tokens = 0
-    for s in range(len(spans)):
-        tokens += spans[s, 1]
     n = 0
-    batch.starts[0] = 0
-    for s in range(first, end):
-        start, length = spans[s, 0], spans[s, 1]
-        for i in range(length):
-            batch.tokens[n + i] = stream[start + i]
-            batch.targets[n + i] = stream[start + i + 1]
-            batch.positions[n + i] = i
+    for s, (start, length) in enumerate(spans):
+        here = slice(n, n + length)
+        batch.tokens[here] = stream[start : start + length]
+        batch.targets[here] = stream[start + 1 : start + length + 1]
+        batch.positions[here] = np.arange(length)
+        batch.starts[s] = n
         n += length
-        batch.starts[s - first + 1] = n
-    for i in range(n):
-        batch.weights[i] = 1 / tokens
-    batch.sizes[0] = n
-    batch.sizes[1] = end - first
+    batch.weights[:n] = 1 / tokens
+    batch.starts[len(spans)] = n
+    batch.sizes[:] = n, len(spans)
+
+
+def rows(batch):
+    """How many rows the batch has. Here one thread does them all."""
+    return batch.sizes[0]
+
+
+def documents(batch):
+    """(first, end) of each document of the batch."""
+    return [(batch.starts[s], batch.starts[s + 1]) for s in range(batch.sizes[1])]
+
+
+def meet(rows):
+    """Wait until all threads are here. Here there is one."""
 
 
 def zero(x, n):
@@ -216,7 +224,7 @@ def split_heads(x, n_head):
     return x.reshape(len(x), n_head, -1).transpose(1, 0, 2)
 
 
-def attention_forward(out, probs, qkv, starts, sizes):
+def attention_forward(out, probs, qkv, docs):
     """Causal multi-head attention inside each document; keeps the probabilities.
 
     Per head:  S = q·kᵀ/√K,  P = softmax over s ≤ t,  out = P·v.
@@ -224,7 +232,7 @@ def attention_forward(out, probs, qkv, starts, sizes):
     token of t's document.  Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, eq. 1.
     """
     H = probs.shape[1]
-    for first, end in documents(starts, sizes):
+    for first, end in docs:
         length = end - first
         q, k, v = (split_heads(part, H) for part in np.split(qkv[first:end], 3, axis=1))
         scores = q @ k.transpose(0, 2, 1) * q.shape[-1] ** -0.5
@@ -235,7 +243,7 @@ def attention_forward(out, probs, qkv, starts, sizes):
         out[first:end] = (P @ v).transpose(1, 0, 2).reshape(length, -1)
 
 
-def attention_backward(dqkv, dout, probs, qkv, starts, sizes):
+def attention_backward(dqkv, dout, probs, qkv, docs):
     """dv = Pᵀ·dout,  dP = dout·vᵀ,  dS = P∘(dP − Σ_s P∘dP),  dq = dS·k/√K,  dk = dSᵀ·q/√K.
 
     A key and a value are read by every later position of the document, so dk and dv are sums over
@@ -243,7 +251,7 @@ def attention_backward(dqkv, dout, probs, qkv, starts, sizes):
     dS is exactly zero.
     """
     H = probs.shape[1]
-    for first, end in documents(starts, sizes):
+    for first, end in docs:
         length = end - first
         q, k, v = (split_heads(part, H) for part in np.split(qkv[first:end], 3, axis=1))
         dq, dk, dv = (split_heads(part, H) for part in np.split(dqkv[first:end], 3, axis=1))
@@ -257,7 +265,7 @@ def attention_backward(dqkv, dout, probs, qkv, starts, sizes):
         dk[:] = dS.transpose(0, 2, 1) @ q
 
 
-def flash_attention_forward(out, lse, scratch, qkv, starts, sizes, tile):
+def flash_attention_forward(out, lse, scratch, qkv, docs, tile):
     """The same attention, tile by tile; keeps only the log-sum-exp of each query's scores.
 
     For tiles of queries, over tiles of keys, with a running maximum m, sum l and result o:
@@ -269,7 +277,7 @@ def flash_attention_forward(out, lse, scratch, qkv, starts, sizes, tile):
     Dao et al. 2022, "FlashAttention", arXiv:2205.14135, algorithm 1; lse: Dao 2023, arXiv:2307.08691.
     """
     H = lse.shape[1]
-    for first, end in documents(starts, sizes):
+    for first, end in docs:
         q, k, v = (split_heads(part, H) for part in np.split(qkv[first:end], 3, axis=1))
         length = end - first
         for i in range(0, length, tile):
@@ -291,7 +299,7 @@ def flash_attention_forward(out, lse, scratch, qkv, starts, sizes, tile):
             lse[rows] = (m + np.log(l)).T
 
 
-def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, starts, sizes, tile):
+def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, docs, tile):
     """Recomputes P = exp(S − lse) tile by tile, then as in `attention_backward`.
 
     The sum in the softmax Jacobian needs no P: Σ_s P_s·dP_s = Σ_s P_s·(dout·v_s) = dout·out (= D
@@ -299,7 +307,7 @@ def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, starts, sizes, 
     dP and D are rounded differently and the optimiser would make full-size steps of the difference.
     """
     H = lse.shape[1]
-    for first, end in documents(starts, sizes):
+    for first, end in docs:
         q, k, v = (split_heads(part, H) for part in np.split(qkv[first:end], 3, axis=1))
         dq, dk, dv = (split_heads(part, H) for part in np.split(dqkv[first:end], 3, axis=1))
         do = split_heads(dout[first:end], H)
@@ -329,7 +337,7 @@ def masked_scores(q, k, queries, keys):
     return S
 
 
-def attention_decode(out, cache, scratch, qkv, positions):
+def attention_decode(out, cache, scratch, qkv, positions, n):
     """One query against the keys and values so far; stores its own first.
 
     cache [T, 2, H, K]: keys and values of positions 0 … t;  qkv [1, 3C];  out [1, C].
@@ -341,11 +349,6 @@ def attention_decode(out, cache, scratch, qkv, positions):
     P = np.exp(scores - scores.max(-1, keepdims=True))
     P /= P.sum(-1, keepdims=True)
     out[0] = np.einsum("ht,thk->hk", P, v).ravel()
-
-
-def documents(starts, sizes):
-    """(first, end) of each document of the batch."""
-    return [(starts[s], starts[s + 1]) for s in range(sizes[1])]
 
 
 # ---------------------------------------------------------------- hyper-connections
@@ -366,7 +369,7 @@ def sigmoid_matrix_forward(A, trace, mix):
     A[0, 1] = A[1, 0] = 1 - t
 
 
-def sigmoid_matrix_backward(dmix, dA, A, trace):
+def sigmoid_matrix_backward(dmix, dA, A, trace, n):
     """dmix += t(1−t)·(dA₀₀ + dA₁₁ − dA₀₁ − dA₁₀)."""
     dmix[0] += A[0, 0] * A[0, 1] * ((dA[0, 0] - dA[0, 1]) + (dA[1, 1] - dA[1, 0]))
 
@@ -383,7 +386,7 @@ def sinkhorn_forward(A, trace, mix):
     A[:] = trace[-1]
 
 
-def sinkhorn_backward(dmix, dA, A, trace):
+def sinkhorn_backward(dmix, dA, A, trace, n):
     """Each division y = x/r with r = Σx gives dx = (dy − Σ dy·y)/r, along the axis of that sum;
     through all of them in reverse, then dmix += dM·M for the exponential.
 
@@ -418,13 +421,13 @@ def mhc_mix_forward(y, inp, x, A, alpha, n):
     inp[:n] = np.tensordot(alpha, y[:, :n], axes=1)
 
 
-def mhc_mix_backward(dx, dA, dalpha, row, dinp, x, A, alpha, n):
+def mhc_mix_backward(dx, dA, dalpha, sums, dinp, x, A, alpha, n):
     """With e_i = dy_i + α_i·dinp the whole gradient of mixed_i (dy comes in `dx` and leaves as dx):
 
     dA_ij = Σ_tc e_i·(x_j − x_0),  dx_j = Σ_i A_ij e_i (j > 0),  dx_0 = Σ_i e_i − Σ_{j>0} dx_j,
     dα_i += Σ_tc dinp·mixed_i.
 
-    Overwrites dA. Streams that are equal give dA = 0 exactly. `row` is scratch (not used here).
+    Overwrites dA. Streams that are equal give dA = 0 exactly. `sums` is scratch (not used here).
     """
     apart = x[:, :n] - x[0, :n]
     along = np.tensordot(apart, dinp[:n], axes=2)
@@ -440,7 +443,7 @@ def mhc_distribute_forward(y, f, beta, n):
     y[:, :n] += beta[:, None, None] * f[:n]
 
 
-def mhc_distribute_backward(df, dbeta, dy, f, beta, n):
+def mhc_distribute_backward(df, dbeta, sums, dy, f, beta, n):
     """df = Σ_i β_i dy_i,  dβ_i += Σ_tc dy_i·f; the streams' own gradient dy passes through."""
     df[:n] = np.tensordot(beta, dy[:, :n], axes=1)
     dbeta += np.tensordot(dy[:, :n], f[:n], axes=2)
@@ -451,7 +454,7 @@ def mhc_contract_forward(out, x, contract, n):
     out[:n] = np.tensordot(contract, x[:, :n], axes=1)
 
 
-def mhc_contract_backward(dx, dcontract, dout, x, contract, n):
+def mhc_contract_backward(dx, dcontract, sums, dout, x, contract, n):
     """dx_i = contract_i·dout,  dcontract_i += Σ_tc x_i·dout."""
     dx[:, :n] = contract[:, None, None] * dout[:n]
     dcontract += np.tensordot(x[:, :n], dout[:n], axes=2)
@@ -543,17 +546,3 @@ def adamw(params, grads, m, v, powers, segments, lr, beta1, beta2, eps, weight_d
         v[run] = beta2 * v[run] + (1 - beta2) * g**2
         step = (m[run] / (1 - powers[0])) / (np.sqrt(v[run] / (1 - powers[1])) + eps)
         params[run] -= lr * (weight_decay * decays * params[run] + step)
-
-
-# ---------------------------------------------------------------- threads
-#
-# Engines may share a step's documents among threads, each with gradients of its own. Here there is one.
-
-
-def wait(arrivals, index):
-    """Wait until every thread has come here as often as this one, thread `index`;  arrivals [threads, ·]."""
-
-
-def gather(grads, others, first):
-    """grads += Σ_k others[k]: the other threads' gradients [·, P] of the part that begins at `first`."""
-    grads += np.sum(others[:, first : first + len(grads)], axis=0)

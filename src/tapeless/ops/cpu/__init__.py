@@ -13,7 +13,6 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from tapeless.config import GPTConfig
-from tapeless.ops import reference
 from tapeless.ops.cpu.native import jit
 
 
@@ -26,17 +25,16 @@ def make_ops(config: GPTConfig) -> Any:
 @cache
 def _common() -> dict[str, Callable]:
     # Imported here since they import Numba, which a process whose programs are in the cache never needs.
-    from tapeless.ops.cpu import activation, barrier, embed, linear, loss, mhc, norm, optim
+    from tapeless.ops.cpu import activation, embed, linear, loss, mhc, norm, optim, share
 
     functions: dict[str, Callable] = {
         name: function
-        for module in (activation, embed, loss, mhc, norm, optim)
+        for module in (activation, embed, loss, mhc, norm, optim, share)
         for name, function in vars(module).items()
         if isinstance(function, FunctionType) and function.__module__ == module.__name__
     }
     functions |= linear.make_ops()
-    functions["pack"] = reference.pack  # plain loops already
-    return {name: jit(function) for name, function in functions.items()} | {"wait": barrier.make_wait()}
+    return {name: jit(function) for name, function in functions.items()} | {"meet": share.meet}
 
 
 @cache

@@ -16,6 +16,7 @@ import numpy as np
 from tapeless.layout import ATTENTION_QUERIES, attention_keys
 from tapeless.ops.cpu.native import jit
 from tapeless.ops.cpu.product import make_product
+from tapeless.ops.cpu.share import meet
 from tapeless.ops.cpu.simd import (
     LANES,
     collect,
@@ -53,6 +54,13 @@ def make_ops(head_dim: int, block_size: int) -> dict[str, Callable]:
     }
 
 
+@jit
+def meet_if_split(docs):
+    """Attention reads, and leaves, rows of other threads where those threads have parts of its documents."""
+    if docs.split:
+        meet(docs.rows)
+
+
 # ---------------------------------------------------------------- a query at a time, all heads at once
 
 
@@ -62,28 +70,31 @@ def _by_rows(K: int, T: int) -> tuple[Callable, Callable]:
     heads, scale = width // K, _f32(K**-0.5)
     attend = _make_attend(K)
 
-    def flash_attention_forward(out, lse, scratch, qkv, starts, sizes, tile):
-        (N, C), H = out.shape, lse.shape[1]
+    def flash_attention_forward(out, lse, scratch, qkv, docs, tile):
+        meet_if_split(docs)
+        (N, C), H, own = out.shape, lse.shape[1], scratch[docs.rows.me]
         keys, values = matrix(qkv, C, N, C, 3 * C), matrix(qkv, 2 * C, N, C, 3 * C)
-        for s in range(sizes[1]):
-            start = starts[s]
-            for t in range(start, starts[s + 1]):
+        for s in range(docs.begin, docs.end):
+            start = docs.starts[s]
+            for t in range(start, docs.starts[s + 1]):
                 for b in range(0, C, width):
-                    whole = attend(out, scratch, qkv, keys, values, t, b, start, t - start + 1)
+                    whole = attend(out, own, qkv, keys, values, t, b, start, t - start + 1)
                     here = min(heads, H - b // K)
                     store(collect(whole, group), matrix(lse, t * H + b // K, 1, here, H), 0, 0)
+        meet_if_split(docs)
 
-    def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, starts, sizes, tile):
+    def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, docs, tile):
+        meet_if_split(docs)
         (N, C), H = out.shape, lse.shape[1]
         queries, dqueries = matrix(qkv, 0, N, C, 3 * C), matrix(dqkv, 0, N, C, 3 * C)
         keys, values = matrix(qkv, C, N, C, 3 * C), matrix(qkv, 2 * C, N, C, 3 * C)
         dkeys, dvalues = matrix(dqkv, C, N, C, 3 * C), matrix(dqkv, 2 * C, N, C, 3 * C)
-        for t in range(sizes[0]):
+        for t in range(docs.starts[docs.begin], docs.starts[docs.end]):
             for c in range(0, 3 * C, LANES):
                 store(0.0, dqkv, t, c)
-        for s in range(sizes[1]):
-            start = starts[s]
-            for t in range(start, starts[s + 1]):
+        for s in range(docs.begin, docs.end):
+            start = docs.starts[s]
+            for t in range(start, docs.starts[s + 1]):
                 for b in range(0, C, width):
                     along = splat(0.0)
                     for c in range(b, b + width, LANES):
@@ -104,6 +115,7 @@ def _by_rows(K: int, T: int) -> tuple[Callable, Callable]:
                             store(fma(ds, load(keys, j, c), load(dqueries, t, c)), dqueries, t, c)
                             store(fma(ds, load(queries, t, c), load(dkeys, j, c)), dkeys, j, c)
                             store(fma(p, load(dout, t, c), load(dvalues, j, c)), dvalues, j, c)
+        meet_if_split(docs)
 
     return flash_attention_forward, flash_attention_backward
 
@@ -143,20 +155,32 @@ def _decode(K: int) -> Callable:
     width = max(K, LANES)
     attend = _make_attend(K)
 
-    def attention_decode(out, cache, scratch, qkv, positions):
+    def attention_decode(out, cache, scratch, qkv, positions, rows):
         T, C = cache.shape[0], out.shape[1]
+        blocks = C // width
+        begin = rows.me * blocks // rows.threads * width
+        end = (rows.me + 1) * blocks // rows.threads * width
         keys, values = matrix(cache, 0, T, C, 2 * C), matrix(cache, C, T, C, 2 * C)
         last = positions[0]
-        for c in range(0, C, LANES):
+        for c in range(begin, end, LANES):
             store(load(qkv, 0, C + c), keys, last, c)
             store(load(qkv, 0, 2 * C + c), values, last, c)
-        for b in range(0, C, width):
-            attend(out, scratch, qkv, keys, values, 0, b, 0, last + 1)
+        for b in range(begin, end, width):
+            attend(out, scratch[rows.me], qkv, keys, values, 0, b, 0, last + 1)
 
     return attention_decode
 
 
 # ---------------------------------------------------------------- a head at a time, in tiles
+
+
+@jit
+def heads_of(docs, H):
+    """The documents and heads of this thread: all heads of its documents, or its heads of all documents."""
+    if docs.split:
+        me, threads = docs.rows.me, docs.rows.threads
+        return 0, docs.count, me * H // threads, (me + 1) * H // threads
+    return docs.begin, docs.end, 0, H
 
 
 def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
@@ -179,16 +203,18 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
             for c in range(0, P, LANES):
                 transpose_rows(y, c, r, x, row + r, row + rows - 1, c)
 
-    def flash_attention_forward(out, lse, scratch, qkv, starts, sizes, tile):
-        (N, C), H = out.shape, lse.shape[1]
-        turned = matrix(scratch, 0, P, room, room)
-        scores = matrix(scratch, 2 * P * room, B, room, room)
-        mixed = matrix(scratch, (2 * P + B) * room, B, P, P)
-        for s in range(sizes[1]):
-            start, n = starts[s], starts[s + 1] - starts[s]
+    def flash_attention_forward(out, lse, scratch, qkv, docs, tile):
+        meet_if_split(docs)
+        (N, C), H, own = out.shape, lse.shape[1], scratch[docs.rows.me]
+        turned = matrix(own, 0, P, room, room)
+        scores = matrix(own, 2 * P * room, B, room, room)
+        mixed = matrix(own, (2 * P + B) * room, B, P, P)
+        first_s, last_s, first_h, last_h = heads_of(docs, H)
+        for s in range(first_s, last_s):
+            start, n = docs.starts[s], docs.starts[s + 1] - docs.starts[s]
             whole = (n + B - 1) // B * B
-            v = matrix(scratch, P * room, whole, P, P)
-            for h in range(H):
+            v = matrix(own, P * room, whole, P, P)
+            for h in range(first_h, last_h):
                 keys, values = matrix(qkv, C + h * K, N, K, 3 * C), matrix(qkv, 2 * C + h * K, N, K, 3 * C)
                 turn_rows(turned, keys, start, n, whole)
                 copy_rows(v, values, start, n)
@@ -203,6 +229,7 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
                     for r in range(rows):
                         for c in range(0, P, LANES):
                             store(load(mixed, r, c), outputs, r, c)
+        meet_if_split(docs)
 
     @jit
     def softmax(scores, r, count, end):
@@ -223,22 +250,24 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
             store(load(scores, r, j) * inverse, scores, r, j)
         return top + np.log(total)
 
-    def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, starts, sizes, tile):
-        (N, C), H = out.shape, lse.shape[1]
+    def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, docs, tile):
+        meet_if_split(docs)
+        (N, C), H, own = out.shape, lse.shape[1], scratch[docs.rows.me]
         at = 0
-        turned_k, at = matrix(scratch, at, P, TILE, TILE), at + P * TILE
-        turned_v, at = matrix(scratch, at, P, TILE, TILE), at + P * TILE
-        k, at = matrix(scratch, at, TILE, P, P), at + P * TILE
-        dk, at = matrix(scratch, at, TILE, P, P), at + P * TILE
-        dv, at = matrix(scratch, at, TILE, P, P), at + P * TILE
-        q, at = matrix(scratch, at, B, P, P), at + B * P
-        do, at = matrix(scratch, at, B, P, P), at + B * P
-        dq, at = matrix(scratch, at, B, P, P), at + B * P
-        p, at = matrix(scratch, at, B, TILE, TILE), at + B * TILE
-        ds = matrix(scratch, at, B, TILE, TILE)
-        for s in range(sizes[1]):
-            start, n = starts[s], starts[s + 1] - starts[s]
-            for h in range(H):
+        turned_k, at = matrix(own, at, P, TILE, TILE), at + P * TILE
+        turned_v, at = matrix(own, at, P, TILE, TILE), at + P * TILE
+        k, at = matrix(own, at, TILE, P, P), at + P * TILE
+        dk, at = matrix(own, at, TILE, P, P), at + P * TILE
+        dv, at = matrix(own, at, TILE, P, P), at + P * TILE
+        q, at = matrix(own, at, B, P, P), at + B * P
+        do, at = matrix(own, at, B, P, P), at + B * P
+        dq, at = matrix(own, at, B, P, P), at + B * P
+        p, at = matrix(own, at, B, TILE, TILE), at + B * TILE
+        ds = matrix(own, at, B, TILE, TILE)
+        first_s, last_s, first_h, last_h = heads_of(docs, H)
+        for s in range(first_s, last_s):
+            start, n = docs.starts[s], docs.starts[s + 1] - docs.starts[s]
+            for h in range(first_h, last_h):
                 at = h * K
                 queries, dqueries = matrix(qkv, at, N, K, 3 * C), matrix(dqkv, at, N, K, 3 * C)
                 keys, dkeys = matrix(qkv, C + at, N, K, 3 * C), matrix(dqkv, C + at, N, K, 3 * C)
@@ -271,6 +300,7 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
                         for c in range(0, P, LANES):
                             store(load(dk, r, c), dkeys, start + j + r, c)
                             store(load(dv, r, c), dvalues, start + j + r, c)
+        meet_if_split(docs)
 
     @jit
     def softmax_backward(p, ds, r, count, end, outputs, do, t, whole, earlier):
@@ -290,13 +320,13 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
     return flash_attention_forward, flash_attention_backward
 
 
-def attention_decode(out, cache, scratch, qkv, positions):
+def attention_decode(out, cache, scratch, qkv, positions, rows):
     """For heads that do not fill vectors evenly."""
     H, K = cache.shape[2], cache.shape[3]
-    C = H * K
+    C, own = H * K, scratch[rows.me]
     scale = _f32(1) / np.sqrt(_f32(K))
     last = positions[0]
-    for h in range(H):
+    for h in range(rows.me * H // rows.threads, (rows.me + 1) * H // rows.threads):
         for c in range(K):
             cache[last, 0, h, c] = qkv[0, C + h * K + c]
             cache[last, 1, h, c] = qkv[0, 2 * C + h * K + c]
@@ -307,12 +337,12 @@ def attention_decode(out, cache, scratch, qkv, positions):
             score = splat(0.0)
             for c in range(0, K, LANES):
                 score = fma(load(query, 0, c), load(keys, j, c), score)
-            scratch[j] = hsum(score) * scale
-            top = max(top, scratch[j])
+            own[j] = hsum(score) * scale
+            top = max(top, own[j])
         for c in range(0, K, LANES):
             mixed, totals = splat(0.0), splat(0.0)
             for j in range(last + 1):
-                e = exp(splat(scratch[j] - top))
+                e = exp(splat(own[j] - top))
                 totals = totals + e
                 mixed = fma(e, load(values, j, c), mixed)
             store(mixed / totals, output, 0, c)

@@ -29,11 +29,10 @@ def make_wait() -> Any:
     x86 = llvm.get_default_triple().startswith(("x86_64", "i686"))
 
     @intrinsic
-    def wait(typing_context, arrivals, index):
+    def wait(typing_context, arrivals, index, threads):
         def codegen(context, builder, signature, args):
             kind = signature.args[0]
             table = arrayobj.make_array(kind)(context, builder, args[0])
-            threads = cgutils.unpack_tuple(builder, table.shape)[0]
 
             def counter(row: Any) -> Any:
                 return cgutils.get_item_pointer(context, builder, kind, table, [row, word(0)])
@@ -45,7 +44,7 @@ def make_wait() -> Any:
             mine = counter(args[1])
             here = builder.add(builder.load(mine), word(1))
             builder.store_atomic(here, mine, "release", 8)
-            with cgutils.for_range(builder, threads) as loop:
+            with cgutils.for_range(builder, args[2]) as loop:
                 other = counter(loop.index)
                 looks = cgutils.alloca_once_value(builder, word(0))
                 builder.store(word(0), looks)
@@ -67,6 +66,6 @@ def make_wait() -> Any:
                 builder.position_at_end(there)
             return context.get_dummy_value()
 
-        return types.void(arrivals, types.int64), codegen
+        return types.void(arrivals, types.int64, types.int64), codegen
 
     return wait

@@ -12,73 +12,107 @@ from tapeless.ops.cpu.product import make_product
 _f32 = np.float32
 # For up to this many rows, multiplying by wᵀ costs less than turning w first.
 FEW = 2
+# Up to this many rows, threads share the columns of a product rather than its rows.
+SHARED = 8
 
 
 def make_ops() -> dict[str, Callable]:
     """The ops by name, to be compiled."""
-    from tapeless.ops.cpu.simd import LANES
+    from tapeless.ops.cpu.share import meet, part
+    from tapeless.ops.cpu.simd import LANES, load, matrix, store
 
     product = make_product()
 
     @jit
-    def multiply(y, x, w, b, n):
-        """y = x·w + b, or without b if that is empty."""
+    def multiply(y, x, w, b, rows, columns):
+        """y = x·w + b, or without b if that is empty: these rows and columns of it."""
         I, O = w.shape
-        if O < LANES:
-            for t in range(n):
-                for o in range(O):
-                    y[t, o] = b[o] if b.size else _f32(0)
-                for i in range(I):
-                    for o in range(O):
-                        y[t, o] += x[t, i] * w[i, o]
-        elif b.size:
-            product(y, O, b, 0, x, I, 1, w, O, 1, n, O, I)
+        (top, bottom), (left, right) = rows, columns
+        n, m = bottom - top, right - left
+        if m >= LANES:
+            target, source = matrix(y, top * O + left, n, m, O), matrix(x, top * I, n, I, I)
+            factor = matrix(w, left, I, m, O)
+            if b.size:
+                product(target, O, matrix(b, left, 1, m, m), 0, source, I, 1, factor, O, 1, n, m, I)
+            else:
+                product(target, O, 0, 0, source, I, 1, factor, O, 1, n, m, I)
         else:
-            product(y, O, 0, 0, x, I, 1, w, O, 1, n, O, I)
+            for t in range(top, bottom):
+                for o in range(left, right):
+                    total = b[o] if b.size else _f32(0)
+                    for i in range(I):
+                        total += x[t, i] * w[i, o]
+                    y[t, o] = total
 
     @jit
-    def multiply_turned(y, x, w, n):
-        """y = x·wᵀ"""
+    def multiply_turned(y, x, w, rows, columns):
+        """y = x·wᵀ: these rows and columns of it."""
         I, O = w.shape
-        if I >= LANES and n > FEW:
-            product(y, I, 0, 0, x, O, 1, w, 1, O, n, I, O)
+        (top, bottom), (left, right) = rows, columns
+        n, m = bottom - top, right - left
+        if m >= LANES and n > FEW:
+            target, source = matrix(y, top * I + left, n, m, I), matrix(x, top * O, n, O, O)
+            product(target, I, 0, 0, source, O, 1, matrix(w, left * O, m, O, O), 1, O, n, m, O)
         else:
-            for t in range(n):
-                for i in range(I):
+            for t in range(top, bottom):
+                for i in range(left, right):
                     total = _f32(0)
                     for o in range(O):
                         total += x[t, o] * w[i, o]
                     y[t, i] = total
 
     @jit
-    def add_outer(w, x, y, n):
-        """w += xᵀ·y"""
+    def add_outer(w, x, y, rows):
+        """w += xᵀ·y over all rows of the batch, this thread's rows of w"""
         I, O = w.shape
+        begin, end = part(rows, I)
         if O >= LANES:
-            product(w, O, w, O, x, 1, I, y, O, 1, I, O, n)
+            m = end - begin
+            target = matrix(w, begin * O, m, O, O)
+            if m > 0:
+                product(target, O, target, O, matrix(x, begin, m, 1, 1), 1, I, y, O, 1, m, O, rows.n)
         else:
-            for i in range(I):
-                for t in range(n):
+            for i in range(begin, end):
+                for t in range(rows.n):
                     for o in range(O):
                         w[i, o] += x[t, i] * y[t, o]
 
-    def linear_forward(y, x, w, b, n):
-        multiply(y, x, w, b, n)
+    @jit
+    def few(rows):
+        return rows.threads > 1 and rows.n <= SHARED
 
-    def linear_backward(dx, dw, db, dy, x, w, n):
-        multiply_turned(dx, dy, w, n)
-        add_outer(dw, x, dy, n)
+    def linear_forward(y, x, w, b, rows):
+        if few(rows):
+            meet(rows)
+            multiply(y, x, w, b, (0, rows.n), part(rows, w.shape[1]))
+            meet(rows)
+        else:
+            multiply(y, x, w, b, (rows.begin, rows.end), (0, w.shape[1]))
+
+    def linear_backward(dx, dw, db, dy, x, w, rows):
+        multiply_turned(dx, dy, w, (rows.begin, rows.end), (0, w.shape[0]))
+        meet(rows)
+        add_outer(dw, x, dy, rows)
         if db.size:
-            for t in range(n):
-                for o in range(w.shape[1]):
-                    db[o] += dy[t, o]
+            begin, end = part(rows, w.shape[1])
+            for t in range(rows.n):
+                for o in range(begin, end, LANES):
+                    store(load(db, o) + load(dy, t, o), db, o)
+        meet(rows)
 
-    def tied_head_forward(logits, x, wte, n):
-        multiply_turned(logits, x, wte, n)
+    def tied_head_forward(logits, x, wte, rows):
+        if few(rows):
+            meet(rows)
+            multiply_turned(logits, x, wte, (0, rows.n), part(rows, wte.shape[0]))
+            meet(rows)
+        else:
+            multiply_turned(logits, x, wte, (rows.begin, rows.end), (0, wte.shape[0]))
 
-    def tied_head_backward(dx, dwte, dlogits, x, wte, n):
-        multiply(dx, dlogits, wte, wte[0, :0], n)
-        add_outer(dwte, dlogits, x, n)
+    def tied_head_backward(dx, dwte, dlogits, x, wte, rows):
+        multiply(dx, dlogits, wte, wte[0, :0], (rows.begin, rows.end), (0, wte.shape[1]))
+        meet(rows)
+        add_outer(dwte, dlogits, x, rows)
+        meet(rows)
 
     return {
         "linear_forward": linear_forward,

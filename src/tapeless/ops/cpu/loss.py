@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from tapeless.ops.cpu.simd import LANES, exp, first, hmax, hsum, load, log, maximum, splat, store
+from tapeless.ops.cpu.simd import LANES, exp, first, hmax, hsum, load, log, matrix, maximum, splat, store
 
 _LOWEST = -np.inf
 
 
-def cross_entropy_forward(loss, stats, logits, targets, weights, n):
+def cross_entropy_forward(loss, stats, logits, targets, weights, rows):
     V = logits.shape[1]
-    for t in range(n):
+    for t in range(rows.begin, rows.end):
         tops = splat(_LOWEST)
         for v in range(0, V, LANES):
             tops = maximum(first(V - v, load(logits, t, v), _LOWEST), tops)
@@ -22,17 +22,18 @@ def cross_entropy_forward(loss, stats, logits, targets, weights, n):
         stats[t, 1] = total
         loss[t] = total
     # The logarithms of many rows at once.
-    for t in range(0, n, LANES):
-        store(log(load(loss, t)), loss, t)
+    own = matrix(loss, rows.begin, 1, rows.end - rows.begin, 0)
+    for t in range(0, rows.end - rows.begin, LANES):
+        store(log(load(own, 0, t)), own, 0, t)
     mean = 0.0
-    for t in range(n):
+    for t in range(rows.begin, rows.end):
         loss[t] += stats[t, 0] - logits[t, targets[t]]
         mean += weights[t] * loss[t]
     return mean
 
 
-def cross_entropy_backward(dlogits, logits, stats, targets, weights, n):
-    for t in range(n):
+def cross_entropy_backward(dlogits, logits, stats, targets, weights, rows):
+    for t in range(rows.begin, rows.end):
         top, factor = stats[t, 0], weights[t] / stats[t, 1]
         for v in range(0, logits.shape[1], LANES):
             store(exp(load(logits, t, v) - top) * factor, dlogits, t, v)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tapeless.ops.cpu.native import jit
+from tapeless.ops.cpu.share import meet, part
 from tapeless.ops.cpu.simd import LANES, first, fma, hsum, load, splat, store
 
 _f32 = np.float32
@@ -14,9 +15,9 @@ def rstd_of(squares, C, eps):
     return _f32(1 / np.sqrt(np.float64(squares) / C + eps))
 
 
-def rmsnorm_forward(y, mean, rstd, x, w, b, n, eps):
+def rmsnorm_forward(y, mean, rstd, x, w, b, rows, eps):
     C = x.shape[1]
-    for t in range(n):
+    for t in range(rows.begin, rows.end):
         squares = splat(0.0)
         for c in range(0, C, LANES):
             v = load(x, t, c)
@@ -30,9 +31,9 @@ def rmsnorm_forward(y, mean, rstd, x, w, b, n, eps):
             store(z, y, t, c)
 
 
-def rmsnorm_backward(dx, dw, db, dy, x, mean, rstd, w, n):
+def rmsnorm_backward(dx, dw, db, dy, x, mean, rstd, w, rows):
     C = x.shape[1]
-    for t in range(n):
+    for t in range(rows.begin, rows.end):
         r = rstd[t]
         products = splat(0.0)
         for c in range(0, C, LANES):
@@ -44,14 +45,20 @@ def rmsnorm_backward(dx, dw, db, dy, x, mean, rstd, w, n):
         for c in range(0, C, LANES):
             g, v = load(dy, t, c), load(x, t, c)
             if w.size:
-                store(fma(g, v * r, load(dw, c)), dw, c)
                 g = g * load(w, c)
             store(fma(g - v * along, r, load(dx, t, c)), dx, t, c)
+    if w.size:
+        meet(rows)
+        begin, end = part(rows, C)
+        for t in range(rows.n):
+            for c in range(begin, end, LANES):
+                store(fma(load(dy, t, c), load(x, t, c) * rstd[t], load(dw, c)), dw, c)
+        meet(rows)
 
 
-def layernorm_forward(y, mean, rstd, x, w, b, n, eps):
+def layernorm_forward(y, mean, rstd, x, w, b, rows, eps):
     C = x.shape[1]
-    for t in range(n):
+    for t in range(rows.begin, rows.end):
         total = splat(0.0)
         for c in range(0, C, LANES):
             total = total + load(x, t, c)
@@ -72,9 +79,9 @@ def layernorm_forward(y, mean, rstd, x, w, b, n, eps):
             store(z, y, t, c)
 
 
-def layernorm_backward(dx, dw, db, dy, x, mean, rstd, w, n):
+def layernorm_backward(dx, dw, db, dy, x, mean, rstd, w, rows):
     C = x.shape[1]
-    for t in range(n):
+    for t in range(rows.begin, rows.end):
         r, m = rstd[t], mean[t]
         total, products = splat(0.0), splat(0.0)
         for c in range(0, C, LANES):
@@ -87,9 +94,17 @@ def layernorm_backward(dx, dw, db, dy, x, mean, rstd, w, n):
         along_x = hsum(products) * r * r / _f32(C)
         for c in range(0, C, LANES):
             g, v = load(dy, t, c), load(x, t, c) - m
-            if db.size:
-                store(load(db, c) + g, db, c)
             if w.size:
-                store(fma(g, v * r, load(dw, c)), dw, c)
                 g = g * load(w, c)
             store(fma(g - along_mean - v * along_x, r, load(dx, t, c)), dx, t, c)
+    if w.size or db.size:
+        meet(rows)
+        begin, end = part(rows, C)
+        for t in range(rows.n):
+            for c in range(begin, end, LANES):
+                g = load(dy, t, c)
+                if db.size:
+                    store(load(db, c) + g, db, c)
+                if w.size:
+                    store(fma(g, (load(x, t, c) - mean[t]) * rstd[t], load(dw, c)), dw, c)
+        meet(rows)

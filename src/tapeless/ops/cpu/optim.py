@@ -12,13 +12,6 @@ def global_norm(grads):
     return np.sqrt(total)
 
 
-def gather(grads, others, first):
-    for k in range(others.shape[0]):
-        for i in range(grads.shape[0]):
-            # No signed index: that might be negative, and count from the end, which is no vector's load.
-            grads[i] += others[k, np.uint64(first) + np.uint64(i)]
-
-
 def sgd(params, grads, m, lr, momentum, scale):
     rate, keep, factor = _f32(lr), _f32(momentum), _f32(scale)
     for i in range(params.shape[0]):
