@@ -67,6 +67,7 @@ class GPTConfig:
     # "full" keeps the probabilities, "flash" only their log-sum-exp, as compiled code always does.
     attention: str = "full"
     attention_tile: int = 32  # queries and keys in a tile of "flash" on the reference engine
+    recompute: bool = False  # keep only the input of each layer; the backward pass makes the rest again
     residual: str = "add"  # "add" | "mhc" (hyper-connections)
     n_streams: int = 0  # S: residual streams; 0 means 2 with "mhc", 1 with "add"
     init: str = "microgpt"  # how weights start; see tapeless.init

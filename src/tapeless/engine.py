@@ -33,7 +33,7 @@ from tapeless.layout import (
     view_class,
 )
 from tapeless.programs import DATA, FLAT, OPTIMISER, PROGRAMS, RESULT, SAMPLES
-from tapeless.schedule import Schedule, make_schedule
+from tapeless.schedule import make_schedule
 from tapeless.team import by_documents, check_threads, decoding_team, parts, shares, team_size
 
 ENGINES = ("cpu", "reference")
@@ -211,8 +211,12 @@ class Engine:
         from tapeless.ops import cpu
 
         ops = self.make_ops()
-        schedule = Schedule(*(cpu.jit(f, inline="always") for f in make_schedule(self._runs, ops)))
-        return cpu.jit(make(schedule, ops, self.config.block_size), inline="always")
+
+        def inline(function: Callable) -> Any:
+            return cpu.jit(function, inline="always")
+
+        schedule = make_schedule(self._runs, ops, inline)
+        return inline(make(schedule, ops, self.config.block_size))
 
     def make_ops(self) -> Any:
         """The CPU's ops that programs are compiled with."""
