@@ -6,7 +6,6 @@ it on several threads at once (a team), each with its share of the documents.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -26,8 +25,6 @@ from tapeless.layout import (
     cut_segments,
     decay_segments,
     decoding,
-    memory,
-    n_params,
     parameter_plan,
     parameters,
     view_class,
@@ -54,41 +51,6 @@ def effective(config: GPTConfig, engine: str) -> GPTConfig:
     """The config whose buffers and passes an engine really has: the compiled engine runs every attention
     in its flash form, in tiles of its own; results are the same, and less is kept and moved."""
     return config.replace(attention="flash", attention_tile=1) if engine == "cpu" else config
-
-
-def training_memory(
-    config: GPTConfig, engine: str, dtype: Any, batch_size: int, threads: int | None
-) -> tuple[dict[str, Plan], int]:
-    """What training with this batch size allocates, by buffer, and how many threads share a step. Raises
-    `ConfigError` for no number of threads."""
-    check_threads(engine, threads)
-    team = 1 if engine == "reference" else team_size(config, batch_size, threads)
-    return memory(effective(config, engine), dtype, batch_size * config.block_size, batch_size, team), team
-
-
-def check_memory(
-    config: GPTConfig, engine: str, dtype: str | None, batch_size: int, threads: int | None = None
-) -> None:
-    """Raise `ConfigError` if training with this batch size, or with 0 just holding a model and its
-    gradients, needs more memory than the machine has."""
-    plans, _ = training_memory(config, engine, check_engine(engine, dtype), batch_size, threads)
-    if batch_size == 0:
-        plans = {name: plans[name] for name in ("parameters", "gradients")}
-    needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
-    if needed > total:
-        raise ConfigError(
-            f"this needs {needed / 1e9:,.1f} GB of memory ({n_params(config):,} parameters, batches of up to "
-            f"{batch_size * config.block_size:,} tokens) but the machine has {total / 1e9:,.1f} GB: "
-            "choose smaller sizes."
-        )
-
-
-def machine_memory() -> float:
-    """Bytes of physical memory, or infinity where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
 
 
 class Engine:

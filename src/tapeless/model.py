@@ -11,12 +11,13 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import CharTokenizer
-from tapeless.engine import Engine, check_memory
+from tapeless.engine import Engine
 from tapeless.errors import ConfigError, DataError
 from tapeless.generate import generate
 from tapeless.init import generator, initialise
 from tapeless.io import runs
 from tapeless.layout import param_views
+from tapeless.memory import check_memory
 from tapeless.rng import Random
 
 

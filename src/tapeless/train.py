@@ -22,11 +22,12 @@ import numpy as np
 from tapeless.config import GPTConfig, whole
 from tapeless.data.documents import BUILT_IN, Corpus, Order, make_order, read_documents
 from tapeless.data.tokenizers import make_tokenizer
-from tapeless.engine import check_engine, check_memory, uses
+from tapeless.engine import check_engine, uses
 from tapeless.errors import ConfigError, NumericsError, RunError
 from tapeless.generate import generate, listed
 from tapeless.init import MAX_SEED, generator
 from tapeless.io import runs
+from tapeless.memory import check_memory
 from tapeless.model import GPT
 from tapeless.optim import learning_rates
 from tapeless.presets import MAX_STEPS, Preset, Training, get_preset
