@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tapeless.config import GPTConfig
-from tapeless.data.tokenizers import CharTokenizer
+from tapeless.data.tokenizers import Tokenizer
 from tapeless.engine import Engine, check_memory
 from tapeless.errors import ConfigError, DataError
 from tapeless.generate import generate
@@ -40,7 +40,7 @@ class GPT:
         *,
         dtype: str | None = None,
         threads: int | None = None,
-        tokenizer: CharTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         if tokenizer is not None and tokenizer.vocab_size != config.vocab:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the config {config.vocab}.")

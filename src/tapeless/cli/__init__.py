@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli import models, runs
+from tapeless.cli import data, models, runs
 
 app = typer.Typer(
     add_completion=False,
@@ -40,6 +40,7 @@ def main(
 for _command in (
     runs.train,
     runs.sample,
+    data.tokenize,
     models.check,
     models.budget,
     models.bench,

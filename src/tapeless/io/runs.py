@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from tapeless.config import GPTConfig
-from tapeless.data.tokenizers import CharTokenizer, tokenizer_from_dict
+from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.errors import ConfigError, DataError, RunError
 
 CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES = FILES = (
@@ -97,7 +97,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 def save_model(
     folder: Path,
     config: GPTConfig,
-    tokenizer: CharTokenizer | None,
+    tokenizer: Tokenizer | None,
     params: dict[str, np.ndarray],
     about: dict[str, Any] | None = None,
 ) -> None:
@@ -171,7 +171,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
         raise RunError(f"{path} does not describe a model: {error}") from None
 
 
-def read_tokenizer(folder: Path, vocab_size: int) -> CharTokenizer | None:
+def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The run's tokenizer, or None where a model was saved without one."""
     path = folder / TOKENIZER
     if not path.exists():
