@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli import models, runs
+from tapeless.cli import convert, models, runs
 
 app = typer.Typer(
     add_completion=False,
@@ -43,6 +43,7 @@ for _command in (
     models.check,
     models.budget,
     models.bench,
+    convert.convert,
     models.presets,
 ):
     app.command()(_command)

@@ -101,8 +101,6 @@ def sample(
     engine: EngineName = None,
 ) -> None:
     """Generate texts with a trained model."""
-    import numpy as np
-
     from tapeless.errors import RunError
     from tapeless.generate import listed
     from tapeless.io import runs
@@ -112,8 +110,6 @@ def sample(
     model = load(run, "cpu" if engine is None else engine)
     if model.tokenizer is None:
         raise RunError(f"{run} has no {runs.TOKENIZER}: without its tokenizer the model cannot speak text.")
-    if not np.isfinite(model.engine.params).all():
-        say(f"warning: {run / runs.MODEL} holds numbers that are not finite; its texts mean nothing.")
     model.engine.notice = lambda: say(COMPILING)
     texts = model.generate(prompt, n, temperature, seed, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
     print(listed(texts), end="")
