@@ -419,11 +419,10 @@ def test_resuming_mends_what_it_does_not_need(run, original):
     assert [row["step"] for row in metrics(run)] == [*range(1, 20), 21]
 
 
-def test_weights_that_are_not_finite_are_told(run):
+def test_weights_that_are_not_finite_are_refused(run):
     edit_tensors(run / "model.safetensors", lambda t: t["head"].fill(np.nan))
-    result = succeeds("sample", "run", "-n", "1", "--engine", "reference", cwd=run.parent)
-    assert result.stderr.startswith("warning: ")
-    assert "not finite" in result.stderr
+    error = refused("sample", "run", "-n", "1", "--engine", "reference", cwd=run.parent)
+    assert "run: head holds NaN; expected finite weights" in error
 
 
 # ---------------------------------------------------------------- numbers that overflow

@@ -16,6 +16,7 @@ from tapeless.errors import ConfigError, DataError
 from tapeless.generate import generate
 from tapeless.init import generator, initialise
 from tapeless.io import runs
+from tapeless.io.checkpoints import open_model
 from tapeless.layout import param_views
 from tapeless.rng import Random
 
@@ -169,13 +170,12 @@ def _array(values: Any) -> np.ndarray:
 def load(
     path: str | Path, engine: str = "cpu", *, dtype: str | None = None, threads: int | None = None
 ) -> GPT:
-    """The model saved in a run folder, with its tokenizer; the other arguments as for `GPT`.
+    """The model of a run folder, a Hugging Face folder of GPT-2, a model file of llm.c, or of a name on
+    the Hugging Face hub ("gpt2"), with its tokenizer if there is one; the other arguments as for `GPT`.
 
     Raises `RunError` if a file is missing, damaged, or does not match the others.
     """
-    folder = Path(path)
-    config, _ = runs.read_config(folder)
-    tokenizer = runs.read_tokenizer(folder, config.vocab)
-    model = GPT(config, None, engine, dtype=dtype, threads=threads, tokenizer=tokenizer)
-    runs.read_into(model.params, folder / runs.MODEL)
+    checkpoint = open_model(path)
+    model = GPT(checkpoint.config, None, engine, dtype=dtype, threads=threads, tokenizer=checkpoint.tokenizer)
+    checkpoint.read_into(model.params)
     return model

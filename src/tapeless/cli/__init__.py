@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli import data, models, runs
+from tapeless.cli import convert, data, models, runs
 
 app = typer.Typer(
     add_completion=False,
@@ -44,6 +44,7 @@ for _command in (
     models.check,
     models.budget,
     models.bench,
+    convert.convert,
     models.presets,
 ):
     app.command()(_command)

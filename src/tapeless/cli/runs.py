@@ -101,8 +101,6 @@ def sample(
     engine: EngineName = None,
 ) -> None:
     """Generate texts with a trained model."""
-    import numpy as np
-
     from tapeless.generate import listed
     from tapeless.io import runs
     from tapeless.model import load
@@ -110,9 +108,7 @@ def sample(
 
     model = load(run, "cpu" if engine is None else engine)
     if model.tokenizer is None:
-        say(f"{run} has no {runs.TOKENIZER}: these are tokens as numbers.")
-    if not np.isfinite(model.engine.params).all():
-        say(f"warning: {run / runs.MODEL} holds numbers that are not finite; its texts mean nothing.")
+        say(f"{run} has no tokenizer: these are tokens as numbers.")
     model.engine.notice = lambda: say(COMPILING)
     texts = model.generate(prompt, n, temperature, seed, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
     print(listed(texts), end="")
