@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from tapeless.config import MAX_SIZE, number, whole
 from tapeless.data.tokenizers import Numbers
 from tapeless.errors import ConfigError, DataError
-from tapeless.presets import MAX_TEMPERATURE, MAX_TEXTS, MAX_TOKENS
 from tapeless.rng import Random
+from tapeless.settings import MAX_TEMPERATURE, MAX_TEXTS, MAX_TOKENS
 
 MANY = 2**16  # tokens asked of the engine in one call
 

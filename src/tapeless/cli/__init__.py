@@ -37,8 +37,9 @@ def main(
         print(context.get_help())
 
 
+app.command(cls=runs.Train)(runs.train)
+app.command("eval")(runs.evaluate)
 for _command in (
-    runs.train,
     runs.sample,
     data.tokenize,
     models.check,

@@ -65,6 +65,12 @@ class BPETokenizer:
         known = [t for t in tokens if 0 <= t < self.vocab_size]
         return self._library.decode(known, skip_special_tokens=False)
 
+    def token_bytes(self) -> list[bytes]:
+        """An id that no token has stands for no bytes."""
+        spelled = [self._library.id_to_token(t) or "" for t in range(self.vocab_size)]
+        bytes_of = _alphabet()
+        return [b"".join([bytes_of.get(c) or c.encode() for c in letters]) for letters in spelled]
+
     def to_dict(self) -> dict[str, Any]:
         return self._description
 
@@ -72,6 +78,15 @@ class BPETokenizer:
         return isinstance(other, BPETokenizer) and self._description == other._description
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _alphabet() -> dict[str, bytes]:
+    """The letter that stands for each byte in GPT-2's vocabulary: the byte's own in Latin-1 where that can
+    be seen, and for the others, in turn, the letters from U+0100 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    letters = {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
+    return {letter: bytes([byte]) for letter, byte in letters.items()}
 
 
 def library() -> Any:

@@ -50,6 +50,9 @@ class TableTokenizer:
         known = [self.tokens[t] for t in tokens if 0 <= t < len(self.tokens)]
         return b"".join(known).decode("utf-8", errors="replace")
 
+    def token_bytes(self) -> list[bytes]:
+        return list(self.tokens)
+
     def to_dict(self) -> dict[str, Any]:
         """Bytes as Latin-1."""
         return {"type": "table", "tokens": [t.decode("latin-1") for t in self.tokens], "bos": self.bos}

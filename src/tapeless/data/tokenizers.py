@@ -14,6 +14,7 @@ from tapeless.data.shards import magic_number
 from tapeless.data.table import MAGIC, TableTokenizer, read_table
 from tapeless.errors import DataError, did_you_mean
 
+MADE = ("chars", "letters", "text")  # the kinds that are made of the data, and can be made again
 # In a folder, the first of these that is there is its tokenizer.
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 FILES = ("tokenizer.json", *(vocab for vocab, _ in PAIRS), "gpt2_tokenizer.bin")
@@ -39,6 +40,10 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of any ids."""
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token's text [V]."""
+        ...
 
     def to_dict(self) -> dict[str, Any]:
         """What `tokenizer_from_dict` makes the same tokenizer of."""
@@ -112,6 +117,9 @@ class CharTokenizer:
         """The text of `tokens`; BOS has none."""
         chars: dict[int, str] = self._chars  # type: ignore[attr-defined]
         return "".join([chars.get(t, "") for t in tokens])
+
+    def token_bytes(self) -> list[bytes]:
+        return [self.decode([t]).encode(errors="surrogatepass") for t in range(self.vocab_size)]
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": "char", "chars": self.chars, "bos": self.bos, "fold": self.fold}

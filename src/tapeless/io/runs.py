@@ -4,12 +4,14 @@ config.json          model and training settings, data, seed, engine
 tokenizer.json       the tokenizer
 model.safetensors    the parameters by name
 state.safetensors    everything needed to go on: parameters, moments, step, random state
-metrics.jsonl        one object a logged step: step (from 1), loss, lr
+metrics.jsonl        one object a logged step: step (from 1), loss, lr, and at evaluations val_loss
 samples.txt          texts generated at the end
+samples.jsonl        with sample_every, one object each time: step, samples
+best/                the model that was best in validation, as a folder of its own
 
-Every file but `metrics.jsonl` is written aside (in `.NAME.part/`), flushed to disk and renamed, so a
-killed process leaves the old file or the new one. `metrics.jsonl` only grows by whole lines; a last
-line without its end is ignored.
+Every file is written aside (in `.NAME.part/`), flushed to disk and renamed, so a killed process leaves
+the old file or the new one. But what ends in `.jsonl` only grows, by whole lines; a last line without
+its end is ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,16 @@ from tapeless.layout import parameters
 
 METADATA = {"format": "tapeless"}  # of safetensors files
 FLOAT = np.dtype(np.float32)
-CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES = FILES = (
+CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES, SAMPLES_LOG = FILES = (
     "config.json",
     "tokenizer.json",
     "model.safetensors",
     "state.safetensors",
     "metrics.jsonl",
     "samples.txt",
+    "samples.jsonl",
 )
+BEST = "best"
 
 
 # ---------------------------------------------------------------- writing
@@ -115,9 +119,7 @@ def write_model(folder: Path, model: Checkpoint) -> None:
     write_file(folder / MODEL, lambda aside: safetensors.write(aside, entries, blocks, METADATA))
 
 
-def _write_about(
-    folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, about: dict[str, Any]
-) -> None:
+def _write_about(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, about: dict[str, Any]) -> None:
     from tapeless import __version__
 
     write_json(folder / CONFIG, {"tapeless": __version__, "model": config.to_dict(), **about})
@@ -137,7 +139,7 @@ def json_lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def append_metrics(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json_lines(rows))
 
@@ -239,8 +241,8 @@ def read_into(views: Mapping[str, np.ndarray], path: Path) -> None:
         view[...] = tensors[name].map()
 
 
-def cut_metrics(path: Path, steps: int) -> None:
-    """Take from metrics.jsonl what lies beyond `steps`: logged by a process killed before it saved.
+def cut_log(path: Path, steps: int) -> None:
+    """Take from a file of rows what lies beyond `steps`: logged by a process killed before it saved.
 
     Raises `RunError` if a whole line is not an object with a step; then nothing is changed.
     """
@@ -272,7 +274,7 @@ def refuse(folder: Path, overwrite: bool) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise RunError(f"{there} is a file; expected a folder for the run.")
-    if not any((folder / name).exists() for name in FILES):
+    if not any((folder / name).exists() for name in (*FILES, f"{BEST}/{CONFIG}")):
         return
     if not overwrite:
         raise RunError(f"{folder} already holds a run: go on with --resume, or replace it with --overwrite.")
@@ -293,6 +295,9 @@ def claim(folder: Path, overwrite: bool) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     remove(folder / name for name in FILES)
+    remove(folder / BEST / name for name in (CONFIG, TOKENIZER, MODEL))
+    with suppress(OSError):  # it is not there, or holds something else
+        (folder / BEST).rmdir()
     with writing(folder / METRICS):
         try:
             open(folder / METRICS, "x").close()
