@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tapeless as tl
 from shard_files import write_shard
 from tapeless.data.documents import Corpus
 from tapeless.data.orders import Llmc, make_order
@@ -135,6 +136,22 @@ def test_a_text_in_memory_is_read_like_a_shard(kind, tmp_path):
     spans, same = (make_order(kind, data, PythonRandom(3), 2, 4).take(0, 9) for data in (corpus, shards))
     assert np.array_equal(spans, same)
     assert list(batches(corpus, spans)) == list(batches(shards, spans))
+
+
+def test_training_takes_what_shards_give(tmp_path):
+    text = "to be or not to be, that is the question; whether it is nobler"
+    tokenizer = CharTokenizer.from_text([text])
+    corpus = Corpus.from_documents([text], tokenizer, 4)
+    shards = Shards([write_shard(tmp_path / "a.bin", tokenizer.encode(text))], tokenizer.vocab_size)
+    losses = []
+    for data in (corpus, shards):
+        config = tl.GPTConfig(vocab_size=tokenizer.vocab_size, block_size=4, n_embd=8, n_head=2)
+        model = tl.GPT(config, engine="reference")
+        model.engine.optimiser.constants[:] = 0.9, 0.99, 1e-8, 0, 0, 0
+        stream, spans = data.take(make_order("llmc", data, PythonRandom(0), 2, 4).take(0, 6))
+        losses.append(model.engine.train(stream, spans, np.full(6, 0.01)).tolist())
+    assert losses[0] == losses[1]
+    assert np.isfinite(losses).all()
 
 
 def test_windows_at_random_places_lie_in_one_shard(tmp_path):

@@ -108,7 +108,8 @@ def save_model(
     if tokenizer is None:
         remove([folder / TOKENIZER])  # of another model saved here before
     else:
-        write_json(folder / TOKENIZER, tokenizer.to_dict())
+        # On one line: a BPE has a hundred thousand.
+        write_text(folder / TOKENIZER, json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
     write_tensors(folder / MODEL, params)
 
 
