@@ -384,7 +384,6 @@ def test_a_damaged_run_is_not_resumed_and_not_harmed(damage, run):
     [
         ("no config", "config.json"),
         ("width text", "n_embd must be a whole number"),
-        ("no tokenizer", "tokenizer.json"),
         ("characters missing", "not of the same run"),
         ("model truncated", "damaged or truncated"),
         ("tensor of another shape", "wpe is [8, 16], but config.json says [16, 16]"),

@@ -26,13 +26,7 @@ class BPETokenizer:
     """
 
     def __init__(self, description: dict[str, Any]):
-        self._description = description
-        kind = _model_type(description)
-        byte_level = '"ByteLevel"' in json.dumps(
-            [description.get("pre_tokenizer"), description.get("decoder")]
-        )
-        if kind != "BPE" or not byte_level:
-            raise DataError(f"it describes a {kind} tokenizer; expected byte-level BPE, as GPT-2's.")
+        _check(description)
         lib = library()
         try:
             self._library = lib.Tokenizer.from_str(json.dumps(description))
@@ -72,10 +66,10 @@ class BPETokenizer:
         return [b"".join([bytes_of.get(c) or c.encode() for c in letters]) for letters in spelled]
 
     def to_dict(self) -> dict[str, Any]:
-        return self._description
+        return json.loads(self._library.to_str())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BPETokenizer) and self._description == other._description
+        return isinstance(other, BPETokenizer) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -100,12 +94,34 @@ def library() -> Any:
     return tokenizers
 
 
-def _model_type(description: dict[str, Any]) -> str:
-    """The older files name none: they have merges, if they are of BPE."""
-    model = description.get("model")
-    if not isinstance(model, dict):
-        raise DataError("it describes no tokenizer: it has no model.")
-    return str(model.get("type", "BPE" if "merges" in model else "unknown"))
+def _check(description: dict[str, Any]) -> None:
+    """Raise `DataError` for another kind of tokenizer, or for merges that the vocabulary does not have:
+    they would make the library panic."""
+    try:
+        model = description["model"]
+        kind = model.get("type", "BPE" if "merges" in model else "unknown")  # older files name none
+        around = json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
+        if kind != "BPE" or '"ByteLevel"' not in around:
+            raise DataError(f"it describes a {kind} tokenizer; expected byte-level BPE, as GPT-2's.")
+        for merge in model["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            if not {left, right, left + right} <= model["vocab"].keys():
+                raise DataError(f"it merges {left!r} and {right!r}, which its vocabulary does not have.")
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise DataError("it describes no tokenizer: it has no vocabulary and merges.") from None
+
+
+def _describe(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
+    """GPT-2's way with this vocabulary and these merges."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": vocab[END], "content": END} | plain] if END in vocab else [],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
 
 
 def read_pair(vocab: Path, merges: Path) -> BPETokenizer:
@@ -113,12 +129,20 @@ def read_pair(vocab: Path, merges: Path) -> BPETokenizer:
 
     Raises `DataError` if they cannot be read, or do not belong together.
     """
-    lib = library()
+    path = vocab
     try:
-        model = lib.models.BPE(*lib.models.BPE.read_file(str(vocab), str(merges)))
-    except Exception as error:  # the library raises nothing more particular
-        raise DataError(f"{vocab} and {merges.name} are no BPE tokenizer: {error}.") from None
-    return _byte_level(lib.Tokenizer(model))
+        tokens = json.loads(vocab.read_text(encoding="utf-8"))
+        path = merges
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is damaged: it is no {'JSON' if path == vocab else 'text'}.") from None
+    pairs = [line.split() for line in lines[lines[0].startswith("#version") :] if line.strip()]
+    try:
+        return BPETokenizer(_describe(tokens, pairs))
+    except (DataError, TypeError) as error:
+        raise DataError(f"{vocab} and {merges.name} do not belong together: {error}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -133,15 +157,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _byte_level(tokenizer)
-
-
-def _byte_level(tokenizer: Any) -> BPETokenizer:
-    lib = library()
-    tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = lib.decoders.ByteLevel()
-    tokenizer.add_special_tokens([END])
-    return BPETokenizer(json.loads(tokenizer.to_str()))
+    model = json.loads(tokenizer.to_str())["model"]
+    return BPETokenizer(_describe(model["vocab"] | {END: len(model["vocab"])}, model["merges"]))
 
 
 def fetch_gpt2() -> Path:

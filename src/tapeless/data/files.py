@@ -24,6 +24,9 @@ class TokenFiles(NamedTuple):
     val: list[Path]
 
 
+Set = tuple[Path, str | None]  # the folder and NAME of a data set
+
+
 def is_tokens(source: str | Path) -> bool:
     """Whether `source` means token files, not a text: a folder, a glob, a name below a folder, or a
     file that is called .bin or begins as a shard does."""
@@ -91,49 +94,39 @@ def _files(folder: Path, name: str | None, split: str) -> list[Path]:
     return [p for _, p in found]
 
 
-def _sets(folder: Path, name: str | None = None) -> list[TokenFiles]:
+def _sets(folder: Path, name: str | None = None) -> list[Set]:
     """The data sets below a folder, hidden folders left out; only those called `name`, if given."""
-    found: list[TokenFiles] = []
+    found: list[Set] = []
     seen: set[str] = set()  # links may lead in circles
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        if real in seen:
-            continue
+        if real not in seen:
+            names = {m["name"] for f in files if (m := NAME.fullmatch(f)) and m["split"] == "train"}
+            found += [(Path(parent), each) for each in sorted(names, key=str) if name in (None, each)]
         seen.add(real)
-        names = {m["name"] for f in files if (m := NAME.fullmatch(f)) and m["split"] == "train"}
-        for each in sorted(names, key=str):
-            if name is None or each == name:
-                here = Path(parent)
-                found.append(
-                    TokenFiles(each or here.name, _files(here, each, "train"), _files(here, each, "val"))
-                )
     return found
 
 
-def _sets_called(path: Path) -> list[TokenFiles]:
+def _sets_called(path: Path) -> list[Set]:
     """The data sets that FOLDER/NAME means."""
     if path.suffix or path.exists() or not path.parent.is_dir():
         return []
     return _sets(path.parent, path.name)
 
 
-def _only(sets: list[TokenFiles], source: Path) -> TokenFiles | None:
-    if len(sets) < 2:
-        return sets[0] if sets else None
-    raise DataError(
-        f"{source} has {len(sets)} data sets: {_listed(s.train[0] for s in sets)}. "
-        f"Choose one: {_listed(_way(s) for s in sets)}."
-    )
-
-
-def _way(found: TokenFiles) -> Path:
-    """What to give for this data set and no other."""
-    first = found.train[0]
-    if len(_sets(first.parent)) == 1:
-        return first.parent
-    named = NAME.fullmatch(first.name)
-    return first.parent / found.name if named and named["name"] else first
+def _only(sets: list[Set], source: Path) -> TokenFiles | None:
+    if not sets:
+        return None
+    if len(sets) > 1:
+        names = {name for _, name in sets}
+        of_that_name = f" called {source.name}" if names == {source.name} else ""
+        ways = [
+            folder if len(_sets(folder)) == 1 else folder / (name or "train.bin") for folder, name in sets
+        ]
+        raise DataError(f"{source} means {len(sets)} data sets{of_that_name}. Choose one: {_listed(ways)}.")
+    [(folder, name)] = sets
+    return TokenFiles(name or folder.name, _files(folder, name, "train"), _files(folder, name, "val"))
 
 
 def _unnamed(folder: Path) -> TokenFiles:

@@ -127,8 +127,8 @@ def _tokenizer(
         return (CharTokenizer.from_documents if several else CharTokenizer.from_text)(chars)
     if kind == "gpt2":
         return read_tokenizer(fetch_gpt2())
-    path = Path(str(kind))
-    if not path.exists():
+    path = Path(kind or "")
+    if not kind or not path.exists():
         raise DataError(f"no tokenizer {kind!r}. Give a file, a folder, gpt2 or chars.")
     return read_tokenizer(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,15 +87,16 @@ def _started(description: str, lines: bool, processes: int) -> Iterator[list[Any
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C goes to every process of a terminal; those started in here leave it to this one."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Ctrl-C goes to every process of a terminal; those started in here ignore it and leave it to this
+    one. (Only the main thread can say so.)"""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def _ask(connection: Any, block: Block) -> None:

@@ -126,7 +126,8 @@ def _write_about(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, a
     if tokenizer is None:
         remove([folder / TOKENIZER])  # of another model saved here before
     else:
-        write_json(folder / TOKENIZER, tokenizer.to_dict())
+        # On one line: a BPE has a hundred thousand.
+        write_text(folder / TOKENIZER, json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
 
 
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
