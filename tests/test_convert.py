@@ -171,7 +171,7 @@ def cut(folder: Path, size: int = 5000) -> None:
 
 WHOLE = golden.llmc_model(3)
 BAD = {
-    "nothing there": (lambda p: None, "there is no run folder or model 'bad'"),
+    "nothing there": (lambda p: None, "no run folder or model 'bad'"),
     "empty": (lambda p: write(p, b""), "bad is no model: it begins with 0"),
     "wrong magic": (
         lambda p: write(p, spoilt(0, 20240325)),
@@ -338,5 +338,5 @@ def test_names_that_are_paths_are_not_looked_for_elsewhere(name, tmp_path, monke
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(RunError, match="there is no run folder or model"):
+    with pytest.raises(RunError, match="no run folder or model"):
         tl.load(name)

@@ -31,7 +31,7 @@ def open_model(source: str | Path) -> Checkpoint:
         return _open_file(path)
     if hub.is_name(str(source)):
         return huggingface.open_model(hub.fetch(str(source)))
-    raise RunError(f"there is no run folder or model {str(source)!r}.")
+    raise RunError(f"no run folder or model {str(source)!r}.")
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -51,7 +51,9 @@ def _open_folder(folder: Path) -> Checkpoint:
         return llmc.open_model(files[0])
     if files:
         raise RunError(f"{folder} holds {len(files)} models: name one of them, e.g. {files[0]}.")
-    raise RunError(f"{folder} has no {runs.CONFIG}, nor a model file of llm.c: it holds no model.")
+    raise RunError(
+        f"{folder} has no {runs.CONFIG}, nor a model file of llm.c: it is not a run folder or model."
+    )
 
 
 def _is_llmc(path: Path) -> bool:
