@@ -89,7 +89,7 @@ def _write_huggingface(folder: Path, model: Checkpoint, numbers: np.dtype) -> No
 
 def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder aside, then put its files in the place of the model that may be there."""
-    folder = folder.absolute()
+    folder = folder.resolve()
     aside = folder.with_name(f".{folder.name}.part")
     with runs.writing(folder):
         shutil.rmtree(aside, ignore_errors=True)
