@@ -60,7 +60,7 @@ def convert(
             llmc.write_model(target, whole, dtype)
         elif suffix == ".gguf":
             if gguf.write_model(target, whole, numbers) is None:
-                say(f"{model.folder} has no BPE tokenizer: llama.cpp will know tokens only by number.")
+                say(f"No BPE tokenizer comes with {model.path}: llama.cpp will know tokens only by number.")
         else:
             _write_folder(target, lambda folder: _write_huggingface(folder, whole, numbers))
     say(f"Saved in {target} ({format}, {numbers.name}).")
@@ -82,14 +82,14 @@ def refuse(target: Path, folder: bool, overwrite: bool) -> None:
 
 def _write_huggingface(folder: Path, model: Checkpoint, numbers: np.dtype) -> None:
     huggingface.write_model(folder, model, numbers)
-    if model.path == model.folder:  # what lies beside a file need not belong to it
+    if model.own_folder:
         for path in huggingface.tokenizer_files(model.folder):
             shutil.copyfile(path, folder / path.name)
 
 
 def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder aside, then put its files in the place of the model that may be there."""
-    folder = folder.absolute()
+    folder = folder.resolve()
     aside = folder.with_name(f".{folder.name}.part")
     with runs.writing(folder):
         shutil.rmtree(aside, ignore_errors=True)

@@ -116,6 +116,8 @@ def check_state(source: str, state: Path, engine: str) -> bool:
     failed = ", ".join(row.name for row in rows if not row.ok)
     B, T = found.tokens.shape
     console = Console(highlight=False)
-    console.print(f"{source} against {state}: {B} × {T} tokens, loss {found.loss:.6f}", table, sep="\n")
+    title = f"{source} against {state}: {B} × {T} tokens, loss {found.loss:.6f}"
+    console.print(title, soft_wrap=True)
+    console.print(table)
     console.print(f"[bold red]FAILED:[/] {failed}" if failed else "All tensors agree.")
     return not failed

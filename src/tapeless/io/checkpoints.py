@@ -31,27 +31,30 @@ def open_model(source: str | Path) -> Checkpoint:
         return _open_file(path)
     if hub.is_name(str(source)):
         return huggingface.open_model(hub.fetch(str(source)))
-    raise RunError(f"there is no run folder or model {str(source)!r}.")
+    raise RunError(f"no run folder or model {str(source)!r}.")
 
 
 def _open_folder(folder: Path) -> Checkpoint:
+    config = folder / runs.CONFIG
+    about = runs.read_json(config) if config.exists() else {}
+    if isinstance(about, dict) and "tapeless" in about:
+        return runs.open_model(folder)
+    if config.exists() and not (isinstance(about, dict) and {"model_type", "architectures"} & about.keys()):
+        raise RunError(f"{config} is damaged: it describes neither a run nor GPT-2.")
     files = [path for path in sorted(folder.glob("*.bin")) if _is_llmc(path)]
-    if (folder / runs.CONFIG).exists():
-        about = runs.read_json(folder / runs.CONFIG)
-        if isinstance(about, dict) and "tapeless" in about:
-            return runs.open_model(folder)
-        if not isinstance(about, dict) or not {"model_type", "architectures"} & about.keys():
-            raise RunError(f"{folder / runs.CONFIG} is damaged: it describes neither a run nor GPT-2.")
-        if not files:
-            return huggingface.open_model(folder)
+    if config.exists() and files:
         raise RunError(
             f"{folder} holds two models, that of {runs.CONFIG} and {files[0].name}: move one of them away."
         )
+    if config.exists():
+        return huggingface.open_model(folder)
     if len(files) == 1:
         return llmc.open_model(files[0])
     if files:
         raise RunError(f"{folder} holds {len(files)} models: name one of them, e.g. {files[0]}.")
-    raise RunError(f"{folder} has no {runs.CONFIG}, nor a model file of llm.c: it holds no model.")
+    raise RunError(
+        f"{folder} has no {runs.CONFIG}, nor a model file of llm.c: it is not a run folder or model."
+    )
 
 
 def _is_llmc(path: Path) -> bool:

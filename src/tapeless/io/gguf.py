@@ -29,7 +29,7 @@ class Vocabulary(NamedTuple):
 
 
 def write_model(path: Path, model: Checkpoint, dtype: np.dtype) -> Vocabulary | None:
-    """Write a model for llama.cpp, with the tokenizer that lies beside it, if any. Matrices are of this
+    """Write a model for llama.cpp, with the BPE tokenizer of its folder, if any. Matrices are of this
     dtype, everything else float32. Returns the tokenizer.
 
     Raises `ConfigError` without the extra or for another architecture, `RunError` if the tokenizer does
@@ -42,7 +42,7 @@ def write_model(path: Path, model: Checkpoint, dtype: np.dtype) -> Vocabulary | 
 
     model = gpt2.as_gpt2(model, "GGUF's gpt2")
     config, shapes = model.config, gpt2.shapes(model.config)
-    vocabulary = read_vocabulary(model.folder, config.vocab)
+    vocabulary = read_vocabulary(model.folder, config.vocab) if model.own_folder else None
     wide = np.dtype(np.float32)
 
     def number(names: gpt2.Names) -> np.dtype:

@@ -12,10 +12,10 @@ BARE = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names w
 
 
 def is_name(source: str) -> bool:
-    """Whether this may be a model's name on the hub: one of the old bare names, or owner/name, where no
-    folder here is called as the owner."""
+    """Whether this may be a model's name on the hub: one of the old bare names, or owner/name. It is not
+    where a folder here is called as the owner, or where it is the folder that runs are saved in."""
     found = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", source)
-    return source in BARE or bool(found and not Path(found[1]).exists())
+    return source in BARE or bool(found and found[1] != "runs" and not Path(found[1]).exists())
 
 
 def fetch(name: str) -> Path:

@@ -91,6 +91,11 @@ class Checkpoint:
     folder: Path
     tokenizer: Tokenizer | None = None
 
+    @property
+    def own_folder(self) -> bool:
+        """Whether `folder` is the model's own: what lies beside a file need not belong to it."""
+        return self.path == self.folder
+
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """Consecutive rows of a parameter, in our orientation. Raises `RunError` for numbers that are
         not finite, or a file that cannot be read any more."""
