@@ -12,9 +12,10 @@ import numpy as np
 
 from tapeless.config import MAX_SIZE, whole
 from tapeless.data.documents import Corpus, read_documents
-from tapeless.data.files import find_tokens, is_tokens
+from tapeless.data.files import find_tokens
 from tapeless.data.orders import Tokens
 from tapeless.data.shards import Shards
+from tapeless.data.sources import are_tokens
 from tapeless.data.tokenizers import CharTokenizer, Tokenizer
 from tapeless.errors import DataError, NumericsError
 
@@ -94,7 +95,7 @@ def _open(model: GPT, data: Any, lines: bool | None) -> Tokens:
         if stream.ndim != 1 or stream.dtype.kind not in "iu":
             raise DataError("tokens must be a list of token ids.")
         return _text(stream)
-    if is_tokens(data):
+    if are_tokens(data):
         found = find_tokens(data)
         files = [Path(data)] if Path(data).is_file() else found.val or found.train
         return Shards(files, model.config.vocab)

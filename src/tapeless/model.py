@@ -16,7 +16,7 @@ from tapeless.errors import ConfigError, DataError
 from tapeless.generate import generate
 from tapeless.init import generator, initialise
 from tapeless.io import runs
-from tapeless.io.checkpoints import open_model
+from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.layout import param_views
 from tapeless.rng import Random
 
@@ -175,7 +175,7 @@ def load(
 
     Raises `RunError` if a file is missing, damaged, or does not match the others.
     """
-    checkpoint = open_model(path)
+    checkpoint = with_tokenizer(open_model(path))
     model = GPT(checkpoint.config, None, engine, dtype=dtype, threads=threads, tokenizer=checkpoint.tokenizer)
     checkpoint.read_into(model.params)
     return model

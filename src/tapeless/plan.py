@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 
 from tapeless.config import GPTConfig, whole
 from tapeless.data.documents import BUILT_IN
-from tapeless.data.files import is_tokens
 from tapeless.data.orders import Tokens, make_order
-from tapeless.data.sources import Data, open_data
+from tapeless.data.sources import Data, are_tokens, open_data
 from tapeless.data.tokenizers import MADE
 from tapeless.engine import check_engine, check_memory
 from tapeless.errors import ConfigError, RunError
 from tapeless.init import MAX_SEED, generator
 from tapeless.io import runs
-from tapeless.io.checkpoints import open_model
+from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.io.tensors import Checkpoint
 from tapeless.job import Job
 from tapeless.model import GPT
@@ -68,9 +67,9 @@ def fresh(
     chosen, checkpoint = get_preset(name), None
     data = "names" if data is None else data
     if pretrained is not None:
-        checkpoint = open_model(pretrained)
+        checkpoint = with_tokenizer(open_model(pretrained))
         chosen, settings = _finetuning(chosen if preset else None, checkpoint, settings)
-    if "order" not in settings and chosen.training.of_documents and is_tokens(data):
+    if "order" not in settings and chosen.training.of_documents and are_tokens(data):
         settings = settings | {"order": "sequence"}
     chosen = chosen.with_settings(settings)
     seed, engine = 42 if seed is None else seed, "cpu" if engine is None else engine
@@ -198,7 +197,7 @@ def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) ->
         plan.checkpoint.read_into(model.params)
     about = {
         "preset": plan.name,
-        "tokenizer": SAVED if is_tokens(plan.data) or chosen.tokenizer not in MADE else chosen.tokenizer,
+        "tokenizer": SAVED if are_tokens(plan.data) or chosen.tokenizer not in MADE else chosen.tokenizer,
         "training": dataclasses.asdict(training),
         "data": _resolved(plan.data),
         "val": None if plan.val is None else _resolved(plan.val),

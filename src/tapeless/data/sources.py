@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tapeless.data.documents import Corpus, read_documents
+from tapeless.data.documents import BUILT_IN, Corpus, read_documents
 from tapeless.data.files import find_tokens, is_tokens
 from tapeless.data.orders import Tokens
 from tapeless.data.shards import Shards
@@ -33,6 +33,11 @@ class Data(NamedTuple):
         return len(data.spans) if self.lines and data.spans is not None else int(data.pieces[-1])
 
 
+def are_tokens(source: str | Path) -> bool:
+    """Whether the data at `source` are token files: what is built in is a text, whatever lies here."""
+    return str(source) not in BUILT_IN and is_tokens(source)
+
+
 def open_data(
     source: str | Path,
     val: str | Path | None,
@@ -54,7 +59,7 @@ def open_data(
 
     Raises `DataError` for what cannot be read, `ConfigError` for vocabularies that differ.
     """
-    if is_tokens(source):
+    if are_tokens(source):
         found = find_tokens(source)
         if tokenizer is None or isinstance(tokenizer, str):
             path = find_tokenizer(found.train[0].parent)
@@ -109,7 +114,7 @@ def _vocabulary(source: str | Path, tokenizer: Tokenizer | None, vocab_size: int
 def _open_val(
     source: str | Path, tokenizer: Tokenizer | None, vocab_size: int, longest: int, lines: bool
 ) -> Tokens:
-    if is_tokens(source):
+    if are_tokens(source):
         found = find_tokens(source)
         return Shards([Path(source)] if Path(source).is_file() else found.val or found.train, vocab_size)
     if tokenizer is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from tapeless.data.tokenizers import find_tokenizer, read_tokenizer
 from tapeless.errors import RunError
 from tapeless.io import hub, huggingface, llmc, runs
 from tapeless.io.tensors import Checkpoint
@@ -32,6 +34,25 @@ def open_model(source: str | Path) -> Checkpoint:
     if hub.is_name(str(source)):
         return huggingface.open_model(hub.fetch(str(source)))
     raise RunError(f"no run folder or model {str(source)!r}.")
+
+
+def with_tokenizer(model: Checkpoint) -> Checkpoint:
+    """The model with the tokenizer that lies in its folder, or beside its file and fits.
+
+    Raises `DataError` for a damaged one, `RunError` if it is the model's and does not fit.
+    """
+    path = find_tokenizer(model.folder)
+    if model.tokenizer is not None or path is None:
+        return model
+    tokenizer = read_tokenizer(path)
+    if tokenizer.vocab_size == model.config.vocab:
+        return dataclasses.replace(model, tokenizer=tokenizer)
+    if not model.own_folder:
+        return model
+    raise RunError(
+        f"{path} has {tokenizer.vocab_size:,} tokens but the model of {model.path} has "
+        f"{model.config.vocab:,}: they do not belong together."
+    )
 
 
 def _open_folder(folder: Path) -> Checkpoint:
