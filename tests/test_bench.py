@@ -16,9 +16,10 @@ from helpers import configs
 from tapeless.__main__ import run
 from tapeless.bench import CASES, TRAINING, bench
 from tapeless.bench.cases import TrainingCase
-from tapeless.bench.workload import Differs, compare, forward_flops, text_of, training_flops
+from tapeless.bench.workload import Differs, compare, text_of
 from tapeless.config import GPTConfig
 from tapeless.data.documents import read_documents
+from tapeless.flops import forward_flops, training_flops
 from tapeless.layout import aligned_zeros, parameters
 from tapeless.ops import reference
 from tapeless.ops.cpu import make_ops, peak, profile

@@ -29,7 +29,7 @@ def test_help_lists_the_commands(arguments, tmp_path):
     assert all(word in out for word in ("train", "sample", "presets", "--version", "Usage: tapeless"))
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "presets"])
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "tokenize", "check", "convert", "presets"])
 def test_each_command_has_help_that_fits_the_terminal(command, tmp_path):
     out = succeeds(command, "--help", cwd=tmp_path).stdout
     assert f"Usage: tapeless {command}" in out
@@ -42,7 +42,9 @@ def test_help_tells_the_defaults(tmp_path):
         assert f"[default: {default}]" in words
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["tokenize", "--help"], ["nonsense"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     script = (
         "import sys; from tapeless.__main__ import run\n"

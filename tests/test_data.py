@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import tapeless as tl
 from commands import SMALL, succeeds
-from tapeless.data.documents import Corpus, Drawn, Shuffled, read_documents
+from tapeless.data.documents import Corpus, read_documents
+from tapeless.data.orders import Drawn, Shuffled
 from tapeless.data.tokenizers import CharTokenizer, make_tokenizer, tokenizer_from_dict
 from tapeless.errors import DataError
 from tapeless.rng import PythonRandom
@@ -98,12 +99,12 @@ def test_orders_of_documents():
     documents = ["abc", "de", "f", "abcdef"]
     tokenizer = CharTokenizer.from_documents(documents)
     corpus = Corpus.from_documents(documents, tokenizer, block_size=4)
-    shuffled = Shuffled(corpus, PythonRandom(1), 3)
+    shuffled = Shuffled(corpus.spans, PythonRandom(1), 3)
     spans = shuffled.take(0, 4).reshape(-1, 2)
     assert sorted(spans[:4].tolist()) == sorted(corpus.spans.tolist())
     assert np.array_equal(spans[:4], spans[4:8])  # round and round
     assert np.array_equal(shuffled.take(2, 2), shuffled.take(0, 4)[2:])
-    drawn = Drawn(corpus, PythonRandom(1), 3, 4).take(0, 30)
+    drawn = Drawn(corpus, corpus.spans, PythonRandom(1), 3, 4).take(0, 30)
     assert drawn.shape == (30, 3, 2)
     assert corpus.spans[3].tolist() not in drawn.reshape(-1, 2).tolist()  # too long for the block
 

@@ -11,7 +11,7 @@ from tapeless.layout import decay_segments, n_params, parameters
 from tapeless.ops import reference
 from tapeless.ops.cpu import optim
 from tapeless.optim import learning_rates
-from tapeless.presets import Training
+from tapeless.settings import Training
 
 # ---------------------------------------------------------------- learning rates
 

@@ -12,7 +12,8 @@ from tapeless.config import GPTConfig
 from tapeless.layout import DECAYED, param_views
 from tapeless.model import GPT
 from tapeless.optim import learning_rates
-from tapeless.presets import Training, presets
+from tapeless.presets import presets
+from tapeless.settings import Training
 
 torch = pytest.importorskip("torch", reason="the oracles need PyTorch")
 transformers = pytest.importorskip("transformers", reason="the oracles need transformers")

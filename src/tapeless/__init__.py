@@ -24,17 +24,30 @@ _HOME = {
     "Interrupted": "tapeless.train",
     "Run": "tapeless.train",
     "TapelessError": "tapeless.errors",
+    "evaluate": "tapeless.evaluate",
     "gradcheck": "tapeless.gradcheck",
     "load": "tapeless.model",
     "presets": "tapeless.presets",
     "train": "tapeless.train",
 }
 
-__all__ = ["GPT", "GPTConfig", "Interrupted", "Run", "TapelessError", "gradcheck", "load", "presets", "train"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "Interrupted",
+    "Run",
+    "TapelessError",
+    "evaluate",
+    "gradcheck",
+    "load",
+    "presets",
+    "train",
+]
 
 if TYPE_CHECKING:
     from tapeless.config import GPTConfig
     from tapeless.errors import TapelessError
+    from tapeless.evaluate import evaluate
     from tapeless.gradcheck import gradcheck
     from tapeless.model import GPT, load
     from tapeless.presets import presets

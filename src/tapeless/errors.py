@@ -19,7 +19,7 @@ class DataError(TapelessError):
 
 
 class RunError(TapelessError):
-    """A run folder that is missing, incomplete, damaged or in the way."""
+    """A run folder or model file that is missing, incomplete, damaged or in the way."""
 
 
 class NumericsError(TapelessError):

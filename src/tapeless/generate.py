@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tapeless.config import MAX_SIZE, number, whole
+from tapeless.data.tokenizers import Numbers
 from tapeless.errors import ConfigError, DataError
-from tapeless.presets import MAX_TEMPERATURE, MAX_TEXTS, MAX_TOKENS
 from tapeless.rng import Random
+from tapeless.settings import MAX_TEMPERATURE, MAX_TEXTS, MAX_TOKENS
 
 MANY = 2**16  # tokens asked of the engine in one call
 
@@ -30,6 +31,7 @@ def generate(
     """`n` texts that begin with `prompt` and go on until BOS, or `max_tokens` new tokens.
 
     Without a BOS in the tokenizer, texts only end at `max_tokens`, and an empty prompt is a line end.
+    Without a tokenizer, texts are tokens as numbers.
 
     Each token is drawn from softmax(logits / temperature), temperature 0 taking the likeliest;
     `top_k` > 0 keeps only the k likeliest, `top_p` < 1 the likeliest that together reach p.
@@ -41,9 +43,7 @@ def generate(
     temperature = number("temperature", temperature, 0, MAX_TEMPERATURE, ends="low")
     top_k = whole("top_k", top_k, 0, MAX_SIZE)
     top_p = number("top_p", top_p, 0, 1, ends="high")
-    if model.tokenizer is None:
-        raise ConfigError("this model has no tokenizer: make it with GPT(config, tokenizer=…).")
-    tokenizer = model.tokenizer
+    tokenizer = Numbers(model.config.vocab) if model.tokenizer is None else model.tokenizer
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt, tokenizer.vocab_size)
     context = ids if tokenizer.bos is None and ids else [tokenizer.start, *ids]
     if max_tokens is None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from tapeless.config import GPTConfig
-from tapeless.data.tokenizers import CharTokenizer
+from tapeless.data.tokenizers import Tokenizer
 from tapeless.engine import Engine
 from tapeless.errors import ConfigError, DataError
 from tapeless.generate import generate
 from tapeless.init import generator, initialise
 from tapeless.io import runs
+from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.layout import param_views
 from tapeless.memory import check_memory
 from tapeless.rng import Random
@@ -41,7 +42,7 @@ class GPT:
         *,
         dtype: str | None = None,
         threads: int | None = None,
-        tokenizer: CharTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         if tokenizer is not None and tokenizer.vocab_size != config.vocab:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the config {config.vocab}.")
@@ -170,13 +171,12 @@ def _array(values: Any) -> np.ndarray:
 def load(
     path: str | Path, engine: str = "cpu", *, dtype: str | None = None, threads: int | None = None
 ) -> GPT:
-    """The model saved in a run folder, with its tokenizer; the other arguments as for `GPT`.
+    """The model of a run folder, a Hugging Face folder of GPT-2, a model file of llm.c, or of a name on
+    the Hugging Face hub ("gpt2"), with its tokenizer if there is one; the other arguments as for `GPT`.
 
     Raises `RunError` if a file is missing, damaged, or does not match the others.
     """
-    folder = Path(path)
-    config, _ = runs.read_config(folder)
-    tokenizer = runs.read_tokenizer(folder, config.vocab)
-    model = GPT(config, None, engine, dtype=dtype, threads=threads, tokenizer=tokenizer)
-    runs.read_into(model.params, folder / runs.MODEL)
+    checkpoint = with_tokenizer(open_model(path))
+    model = GPT(checkpoint.config, None, engine, dtype=dtype, threads=threads, tokenizer=checkpoint.tokenizer)
+    checkpoint.read_into(model.params)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tapeless.presets import Training
+from tapeless.settings import Training
 
 
 def learning_rates(training: Training, first: int, count: int) -> np.ndarray:

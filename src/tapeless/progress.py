@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from tapeless.generate import listed
+from tapeless.meter import Speed
+
 COMPILING = "Compiling for this model and processor: some seconds, this once only."
 
 
 class Console:
     """Training's progress. Losses shown are means, since single documents differ a lot: in a line over
-    the steps since the line before, on the bar over the last 200 steps."""
+    the steps since the line before, on the bar over the last 200 steps. Times are of training alone,
+    without what is evaluated and generated in between."""
 
     def __init__(self) -> None:
         from rich.console import Console as RichConsole
@@ -20,6 +24,9 @@ class Console:
         self._console = RichConsole(stderr=True, highlight=False, soft_wrap=True, markup=False)
         self._bar: Any = None
         self._compiled = False
+        self._speed: Speed | None = None  # told since the last line
+        self._last = ""  # speed, for the bar
+        self._val = ""
 
     def start(self, lines: list[str]) -> None:
         for line in lines:
@@ -33,40 +40,86 @@ class Console:
     def begin(self, step: int, steps: int) -> None:
         self._first = self._step = self._shown = step
         self._steps = steps
-        self._began = time.monotonic()
+        self._seconds, self._mark = 0.0, time.monotonic()
         self._recent = self._unsaid = np.empty(0)
         if self._console.is_terminal:
             self._bar = _make_bar(self._console)
-            self._task = self._bar.add_task("", total=steps, completed=step, loss="", rate="")
+            self._task = self._bar.add_task("", total=steps, completed=step, loss="", rate="", more="")
             self._bar.start()
 
     def update(self, losses: np.ndarray) -> None:
+        now = time.monotonic()
+        self._seconds, self._mark = self._seconds + now - self._mark, now
         self._step += len(losses)
         self._recent = np.concatenate([self._recent, losses])[-200:]
         self._unsaid = np.concatenate([self._unsaid, losses])
         tenth = -(-self._steps // 10)
         while (due := min((self._shown // tenth + 1) * tenth, self._steps)) <= self._step > self._shown:
             said, self._unsaid = np.split(self._unsaid, [due - self._shown])
-            self._console.print(f"step {due:,}/{self._steps:,}: loss {said.mean():.4f}")
+            speed, self._speed = self._speed, None
+            more = "" if speed is None else f" · {speed}"
+            self._console.print(f"step {due:,}/{self._steps:,}: loss {said.mean():.4f}{more}")
             self._shown = due
         if self._bar is not None:
-            rate = self._rate()
+            rate = (self._step - self._first) / max(self._seconds, 1e-9)
             self._bar.update(
                 self._task,
                 completed=self._step,
                 loss=f"loss {self._recent.mean():.4f}",
                 rate=f"{rate:,.{0 if rate >= 10 else 2}f} steps/s",
+                more=" · ".join(filter(None, (self._last, self._val))),
             )
+
+    def speed(self, speed: Speed) -> None:
+        self._speed, self._last = speed, str(speed)
+
+    def evaluated(self, step: int, loss: float, best: bool) -> None:
+        self._val = f"val {loss:.4f}"
+        mark = " (best so far)" if best and step else ""
+        self._console.print(f"step {step:,}/{self._steps:,}: validation loss {loss:.4f}{mark}")
+        self._mark = time.monotonic()
+
+    def sampled(self, step: int, texts: list[str]) -> None:
+        self._console.print(f"step {step:,}/{self._steps:,} generates:")
+        self._console.out(listed(texts), end="", highlight=False)
+        self._mark = time.monotonic()
 
     def finish(self) -> None:
         if self._bar is not None:
             self._bar.stop()
         if done := self._step - self._first:
-            seconds = time.monotonic() - self._began
-            self._console.print(f"{done:,} steps in {seconds:,.2f} s: {_duration(seconds / done)} a step.")
+            self._console.print(
+                f"{done:,} steps in {self._seconds:,.2f} s: {_duration(self._seconds / done)} a step."
+            )
 
-    def _rate(self) -> float:
-        return (self._step - self._first) / max(time.monotonic() - self._began, 1e-9)
+
+class Counting:
+    """A bar on a terminal, and nothing elsewhere, for work of which it is told how much is done."""
+
+    def __enter__(self) -> Counting:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = RichConsole(stderr=True)
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("")
+        self._bar.start()
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
 
 def _duration(seconds: float) -> str:
@@ -93,5 +146,6 @@ def _make_bar(console: Any) -> Any:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("left"),
+        TextColumn("{task.fields[more]}"),
         console=console,
     )

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from tapeless.bench.workload import SEED, Differs, Workload, compare, forward_flops
+from tapeless.bench.workload import SEED, Differs, Workload, compare
 from tapeless.engine import Engine
+from tapeless.flops import forward_flops
 from tapeless.io import runs
 from tapeless.presets import get_preset
 from tapeless.team import processors

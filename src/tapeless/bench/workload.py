@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from tapeless.config import GPTConfig
-from tapeless.data.documents import Corpus, make_order, read_documents
+from tapeless.data.documents import Corpus, read_documents
+from tapeless.data.orders import make_order
 from tapeless.data.tokenizers import make_tokenizer
 from tapeless.engine import Engine
+from tapeless.flops import training_flops
 from tapeless.init import generator, initialise
 from tapeless.optim import learning_rates
 from tapeless.presets import Preset
@@ -21,27 +22,6 @@ SEED = 42
 
 class Differs(Exception):
     """A run that did not do what the reference does; the message says how."""
-
-
-def forward_flops(config: GPTConfig, lengths: Iterable[int]) -> int:
-    """Operations of the forward pass over documents of these lengths: 2 for each multiply-add of the
-    matrix products and of attention, and none for anything else.
-
-    A token meets the weights wqkv, wo, w1 and w2 of each layer and the head:
-    L·(3C² + C² + 2CF) + C·V multiply-adds. A document of n tokens has n(n+1)/2 causal pairs of query
-    and key; each takes C multiply-adds for the scores and C for the sum of values, in each layer.
-    """
-    C, F, L, V = config.n_embd, config.n_hidden, config.n_layer, config.vocab
-    n = np.asarray(lengths, np.int64)
-    tokens, pairs = int(n.sum()), int((n * (n + 1) // 2).sum())
-    return 2 * (tokens * (L * (4 * C * C + 2 * C * F) + C * V) + pairs * L * 2 * C)
-
-
-def training_flops(config: GPTConfig, lengths: Iterable[int]) -> int:
-    """Operations of the forward and the backward pass. Each product y = x·w has two in the backward
-    pass, dx = dy·wᵀ and dw = xᵀ·dy, of the same size; what a backward pass computes again (as
-    FlashAttention does) is not counted."""
-    return 3 * forward_flops(config, lengths)
 
 
 def text_of(names: Sequence[str]) -> str:
@@ -61,7 +41,7 @@ class Workload:
     def __init__(self, preset: Preset, steps: int):
         self.training = training = preset.training
         names = read_documents("names")
-        documents = [text_of(names)] if training.order == "windows" else names
+        documents = names if training.of_documents else [text_of(names)]
         tokenizer = make_tokenizer(preset.tokenizer, documents)
         self.config = config = preset.model.replace(vocab_size=tokenizer.vocab_size)
         corpus = Corpus.from_documents(documents, tokenizer, config.block_size)

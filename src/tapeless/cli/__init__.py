@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli import models, runs
+from tapeless.cli import convert, data, models, runs
 
 app = typer.Typer(
     add_completion=False,
@@ -37,12 +37,15 @@ def main(
         print(context.get_help())
 
 
+app.command(cls=runs.Train)(runs.train)
+app.command("eval")(runs.evaluate)
 for _command in (
-    runs.train,
     runs.sample,
+    data.tokenize,
     models.check,
     models.budget,
     models.bench,
+    convert.convert,
     models.presets,
 ):
     app.command()(_command)

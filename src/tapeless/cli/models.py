@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from tapeless.cli.convert import check_state
 from tapeless.cli.options import EngineName, Recompute, Settings, Threads, option, parse_settings, say
+from tapeless.errors import ConfigError
 
 PresetName = Annotated[
     str, typer.Argument(metavar="PRESET", help="The model: see [bold]tapeless presets[/].")
@@ -24,7 +26,10 @@ def _model_config(preset: str, pairs: list[str] | None) -> Any:
 
 
 def check(
-    preset: PresetName = "microgpt",
+    preset: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A preset; with --state, a model as for [bold]convert[/]."),
+    ] = "microgpt",
     set_: Settings = None,
     engine: EngineName = None,
     entries: Annotated[
@@ -34,12 +39,23 @@ def check(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the result down as .html or .json.")
     ] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A debug state of llm.c to compare a model with.")
+    ] = None,
 ) -> None:
     """Check every hand-written gradient, and print a table.
 
     Against finite differences in float64 on the reference engine; then the CPU engine against the
-    reference. Exit code 1 if anything disagrees.
+    reference. With --state, a saved model against the logits, loss and gradients that another program
+    wrote down. Exit code 1 if anything disagrees.
     """
+    engine = "cpu" if engine is None else engine
+    if state is not None:
+        if set_ or report is not None:
+            raise ConfigError("--state checks a saved model as it is: leave --set and --report out.")
+        if not check_state(preset, state, engine):
+            raise typer.Exit(1)
+        return
     from tapeless import certificate
     from tapeless.gradcheck import example, gradcheck
     from tapeless.progress import COMPILING
@@ -47,7 +63,7 @@ def check(
     if report is not None:
         certificate.check_path(report)
     config = _model_config(preset, set_)
-    model, *batch = example(config, "cpu" if engine is None else engine, seed)
+    model, *batch = example(config, engine, seed)
     model.engine.notice = lambda: say(COMPILING)
     result = gradcheck(model, *batch, entries=entries, seed=seed)
     certificate.show(preset, config, result, report)

@@ -42,7 +42,7 @@ EngineName = Annotated[str | None, option("cpu (compiled) or reference (NumPy)."
 
 def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
     from tapeless.errors import ConfigError
-    from tapeless.presets import parse_setting
+    from tapeless.settings import parse_setting
 
     settings = {}
     for pair in pairs or []:

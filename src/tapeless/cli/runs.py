@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tapeless.cli.options import EngineName, Settings, Threads, option, parse_settings, quoted, say
+
+
+class Train(TyperCommand):
+    """`--pretrained` without a value means the preset's own name: it is fetched."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        full = []
+        for word, following in zip(args, [*args[1:], "-"], strict=True):
+            full += [word, ""] if word == "--pretrained" and following.startswith("-") else [word]
+        return super().parse_args(context, full)
 
 
 def train(
@@ -15,28 +26,67 @@ def train(
         str | None,
         typer.Argument(
             metavar="DATA",
-            help="A text file, one document a line, or a built-in data set. [dim]\\[default: names][/]",
+            help="A text file, one document a line; a file, folder or glob of token shards; or a built-in "
+            "data set. [dim]\\[default: names][/]",
             show_default=False,
         ),
     ] = None,
     preset: Annotated[
         str | None, option("The model: see [bold]tapeless presets[/].", "NAME", "microgpt")
     ] = None,
-    steps: Annotated[int | None, option("Optimiser steps.", "N", "the preset's")] = None,
-    batch_size: Annotated[int | None, option("Documents a step.", "B", "the preset's")] = None,
-    lr: Annotated[float | None, option("Learning rate at the first step.", "X", "the preset's")] = None,
-    seed: Annotated[int | None, option("Seed of everything random.", "S", "42")] = None,
-    out: Annotated[
-        Path | None, option("Folder to write the run into.", "DIR", "runs/PRESET-N, the next free N")
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Start from a model: a run, a Hugging Face folder of GPT-2, llm.c's .bin file, or a name "
+            "on the Hugging Face hub; without MODEL the preset's name.",
+            show_default=False,
+        ),
     ] = None,
+    val: Annotated[
+        str | None, option("Data to validate on.", "DATA", "NAME_val.bin, or the part held out")
+    ] = None,
+    steps: Annotated[int | None, option("Optimiser steps.", "N", "the preset's")] = None,
+    batch_size: Annotated[
+        int | None, option("Documents or windows computed at once.", "B", "the preset's")
+    ] = None,
+    block_size: Annotated[
+        int | None, option("Longest document, or length of a window.", "T", "the preset's or model's")
+    ] = None,
+    total_batch_tokens: Annotated[
+        int | None, option("Tokens of a step, in several batches.", "N", "one batch")
+    ] = None,
+    order: Annotated[
+        str | None,
+        option("shuffle or draw documents; a text by windows, sequence or llmc.", "NAME", "the preset's"),
+    ] = None,
+    lr: Annotated[float | None, option("Highest learning rate.", "X", "the preset's")] = None,
+    eval_every: Annotated[
+        int | None, option("Steps between validations; 0: at the end.", "N", "the preset's")
+    ] = None,
+    sample_every: Annotated[
+        int | None, option("Steps between texts generated on the way; 0: none.", "N", "the preset's")
+    ] = None,
+    samples: Annotated[int | None, option("Texts to generate at the end.", "N", "the preset's")] = None,
+    temperature: Annotated[float | None, option("Temperature of those texts.", "X", "the preset's")] = None,
+    set_: Settings = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A TOML file of settings, as for --set, which goes before it.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int | None, option("Seed of everything random.", "S", "42")] = None,
     engine: EngineName = None,
     dtype: Annotated[
         str | None, option("float32, or float64 on the reference engine.", "NAME", "the engine's")
     ] = None,
     threads: Threads = None,
-    samples: Annotated[int | None, option("Texts to generate at the end.", "N", "the preset's")] = None,
-    temperature: Annotated[float | None, option("Temperature of those texts.", "X", "the preset's")] = None,
-    set_: Settings = None,
+    out: Annotated[
+        Path | None, option("Folder to write the run into.", "DIR", "runs/PRESET-N, the next free N")
+    ] = None,
     log_every: Annotated[int, typer.Option(metavar="N", help="Steps between lines of metrics.jsonl.")] = 1,
     resume: Annotated[
         bool,
@@ -56,12 +106,21 @@ def train(
     from tapeless.generate import listed
     from tapeless.io import runs
     from tapeless.presets import get_preset
+    from tapeless.settings import read_toml
     from tapeless.train import Interrupted
     from tapeless.train import train as train_model
 
-    settings = parse_settings(set_)
+    options = {
+        "block_size": block_size, "total_batch_tokens": total_batch_tokens, "order": order,
+        "eval_every": eval_every, "sample_every": sample_every,
+    }  # fmt: skip
+    settings = {} if config is None else read_toml(config)
+    settings |= parse_settings(set_)
+    settings |= {name: value for name, value in options.items() if value is not None}
+    name = preset or ("microgpt" if pretrained is None else "gpt2")
+    if pretrained == "":
+        pretrained = name
     if out is None:
-        name = "microgpt" if preset is None else preset
         get_preset(name)
         existing = runs.numbered_runs(name)
         if resume and not existing:
@@ -70,8 +129,8 @@ def train(
     try:
         run = train_model(
             data, preset, steps=steps, batch_size=batch_size, lr=lr, seed=seed, engine=engine, dtype=dtype,
-            threads=threads, out=out, samples=samples, temperature=temperature, set=settings,
-            log_every=log_every, resume=resume, overwrite=overwrite,
+            threads=threads, out=out, samples=samples, temperature=temperature, set=settings, val=val,
+            pretrained=pretrained, log_every=log_every, resume=resume, overwrite=overwrite,
         )  # fmt: skip
     except Interrupted as stopped:
         say(
@@ -80,6 +139,8 @@ def train(
         )
         raise typer.Exit(130) from None
     print(listed(run.samples), end="")
+    if run.best is not None and run.best < run.steps:
+        say(f"The best model, of step {run.best:,}, is in {out / runs.BEST}.")
     say(f"Saved in {out}. More with: tapeless sample {quoted(out)}")
 
 
@@ -101,19 +162,83 @@ def sample(
     engine: EngineName = None,
 ) -> None:
     """Generate texts with a trained model."""
-    import numpy as np
-
-    from tapeless.errors import RunError
     from tapeless.generate import listed
-    from tapeless.io import runs
     from tapeless.model import load
     from tapeless.progress import COMPILING
 
     model = load(run, "cpu" if engine is None else engine)
     if model.tokenizer is None:
-        raise RunError(f"{run} has no {runs.TOKENIZER}: without its tokenizer the model cannot speak text.")
-    if not np.isfinite(model.engine.params).all():
-        say(f"warning: {run / runs.MODEL} holds numbers that are not finite; its texts mean nothing.")
+        say(f"{run} has no tokenizer: these are tokens as numbers.")
     model.engine.notice = lambda: say(COMPILING)
     texts = model.generate(prompt, n, temperature, seed, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
     print(listed(texts), end="")
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run folder, or another model as for --pretrained.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DATA",
+            help="A text, token shards, or a built-in data set. [dim]\\[default: what the run was validated "
+            "on][/]",
+            show_default=False,
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None, option("Tokens from one window to the next.", "N", "a window's: no overlap")
+    ] = None,
+    block_size: Annotated[int | None, option("Length of a window.", "T", "the model's")] = None,
+    batch_size: Annotated[
+        int | None, option("Windows computed at once.", "B", "1,024 tokens, roughly")
+    ] = None,
+    lines: Annotated[
+        bool | None,
+        typer.Option(
+            "--lines/--text",
+            help="Each line of the text is a document, or all of it is one. [dim]\\[default: as the "
+            "tokenizer has it][/]",
+            show_default=False,
+        ),
+    ] = None,
+    engine: EngineName = None,
+    threads: Threads = None,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell how well a model predicts a text: loss, perplexity, bits per byte.
+
+    Every token is scored once. With --stride windows overlap, and a window
+    scores the tokens that are new: these then have more to go by.
+    """
+    from tapeless.evaluate import evaluate as score
+    from tapeless.model import load
+    from tapeless.plan import held_out
+    from tapeless.progress import COMPILING, Counting
+
+    what: Any = data
+    if data is None:
+        what = held_out(Path(model))
+    loaded = load(model, "cpu" if engine is None else engine, threads=threads)
+    loaded.engine.notice = lambda: say(COMPILING)
+    with Counting() as told:
+        result = score(
+            loaded, what, stride, block_size=block_size, lines=lines, batch_size=batch_size, told=told
+        )
+    rows = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "bits_per_character": result.bits_per_character,
+        "tokens": result.tokens,
+    }
+    if json:
+        from json import dumps
+
+        print(dumps(rows))
+        return
+    for name, value in rows.items():
+        if value is not None:
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+            print(f"{name.replace('_', ' '):<20}{shown}")

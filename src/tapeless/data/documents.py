@@ -7,13 +7,14 @@ import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from tapeless.data.tokenizers import CharTokenizer
+from tapeless.data.orders import Order, make_order
+from tapeless.data.tokenizers import Tokenizer
 from tapeless.errors import DataError
-from tapeless.rng import Random
+
+__all__ = ["BUILT_IN", "Corpus", "Order", "make_order", "read_documents"]
 
 BUILT_IN = {"names": "names.txt"}
 
@@ -71,9 +72,19 @@ class Corpus:
     spans: np.ndarray  # [documents, 2] int64
     n_cut: int  # documents longer than the block
     digest: str  # of the stream: the same tokens, the same digest
+    names = ("the text",)
+
+    @property
+    def pieces(self) -> np.ndarray:
+        """The stream is one piece."""
+        return np.array([0, len(self.stream)])
+
+    def take(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The whole stream, and the spans as they are."""
+        return self.stream, spans
 
     @classmethod
-    def from_documents(cls, documents: list[str], tokenizer: CharTokenizer, block_size: int) -> Corpus:
+    def from_documents(cls, documents: list[str], tokenizer: Tokenizer, block_size: int) -> Corpus:
         """Raises `DataError` if no document has a character the tokenizer knows."""
         encoded = [ids for ids in map(tokenizer.encode, documents) if ids]
         if not encoded:
@@ -95,87 +106,3 @@ class Corpus:
 
 def _digest(stream: np.ndarray) -> str:
     return hashlib.sha256(stream.tobytes()).hexdigest()
-
-
-class Order(Protocol):
-    """Which spans each step trains on; `longest` is the length of the longest."""
-
-    longest: int
-
-    def take(self, step: int, steps: int) -> np.ndarray:
-        """Spans [steps, B, 2] of steps `step` to `step + steps` (from 0). Orders that draw at random
-        draw now: they must be asked for steps in turn."""
-
-
-def make_order(kind: str, corpus: Corpus, rng: Random, batch_size: int, block_size: int) -> Order:
-    """The order "shuffle", "draw" or "windows".
-
-    Raises `DataError` where the data cannot be read that way.
-    """
-    if kind == "windows":
-        return Windows(corpus, rng, batch_size, block_size)
-    if corpus.spans[:, 1].max() > block_size:
-        raise DataError("a text without documents can only be read as order=windows.")
-    if kind == "draw":
-        return Drawn(corpus, rng, batch_size, block_size)
-    return Shuffled(corpus, rng, batch_size)
-
-
-class Shuffled:
-    """Documents in an order shuffled once, round and round."""
-
-    def __init__(self, corpus: Corpus, rng: Random, batch_size: int):
-        self.longest = int(corpus.spans[:, 1].max())
-        self._spans = corpus.spans[rng.permutation(len(corpus.spans))]
-        self._batch_size = batch_size
-
-    def take(self, step: int, steps: int) -> np.ndarray:
-        B = self._batch_size
-        index = np.arange(step * B, (step + steps) * B) % len(self._spans)
-        return self._spans[index].reshape(steps, B, 2)
-
-
-class Drawn:
-    """A random document each time, drawn again if it is longer than the block."""
-
-    def __init__(self, corpus: Corpus, rng: Random, batch_size: int, block_size: int):
-        starts = np.append(corpus.spans[:, 0], len(corpus.stream) - 1)
-        self._spans = corpus.spans
-        self._fits = np.diff(starts) <= block_size
-        if not self._fits.any():
-            raise DataError(
-                f"every document is longer than the block ({block_size} tokens): "
-                "set a larger block_size, or order=shuffle, which cuts them."
-            )
-        self.longest = int(corpus.spans[self._fits, 1].max())
-        self._rng = rng
-        self._batch_size = batch_size
-
-    def take(self, step: int, steps: int) -> np.ndarray:
-        chosen = []
-        for _ in range(steps * self._batch_size):
-            i = self._rng.index(len(self._spans))
-            while not self._fits[i]:
-                i = self._rng.index(len(self._spans))
-            chosen.append(i)
-        return self._spans[chosen].reshape(steps, self._batch_size, 2)
-
-
-class Windows:
-    """Windows of the block's length at random places of the stream, as nanoGPT reads a text."""
-
-    def __init__(self, corpus: Corpus, rng: Random, batch_size: int, block_size: int):
-        self.longest = block_size
-        self._places = len(corpus.stream) - block_size
-        if self._places < 1:
-            raise DataError(
-                f"the text has {len(corpus.stream):,} tokens; windows of {block_size:,} need one more than "
-                "that at least: set a smaller block_size."
-            )
-        self._rng = rng
-        self._batch_size = batch_size
-
-    def take(self, step: int, steps: int) -> np.ndarray:
-        count = steps * self._batch_size
-        starts = [self._rng.index(self._places) for _ in range(count)]
-        return np.stack([starts, np.full(count, self.longest)], axis=1).reshape(steps, self._batch_size, 2)

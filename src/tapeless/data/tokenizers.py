@@ -1,13 +1,52 @@
-"""Tokenizers of single characters, with a BOS that begins and ends every document, or without."""
+"""Tokenizers: what they all offer, those of single characters, and how each kind is found and read."""
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+from tapeless.data.bpe import BPETokenizer, fetch_gpt2, read_pair
+from tapeless.data.shards import magic_number
+from tapeless.data.table import MAGIC, TableTokenizer, read_table
 from tapeless.errors import DataError, did_you_mean
+
+MADE = ("chars", "letters", "text")  # the kinds that are made of the data, and can be made again
+# In a folder, the first of these that is there is its tokenizer.
+PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+FILES = ("tokenizer.json", *(vocab for vocab, _ in PAIRS), "gpt2_tokenizer.bin")
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    @property
+    def bos(self) -> int | None:
+        """The token that stands between documents, if there is one: generating stops there."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V: ids are 0 … V−1."""
+
+    @property
+    def start(self) -> int:
+        """The token to generate from when there is no prompt."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`, without BOS. Raises `DataError` for text that has none."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of any ids."""
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token's text [V]."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `tokenizer_from_dict` makes the same tokenizer of."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +118,43 @@ class CharTokenizer:
         chars: dict[int, str] = self._chars  # type: ignore[attr-defined]
         return "".join([chars.get(t, "") for t in tokens])
 
+    def token_bytes(self) -> list[bytes]:
+        return [self.decode([t]).encode(errors="surrogatepass") for t in range(self.vocab_size)]
+
     def to_dict(self) -> dict[str, Any]:
         return {"type": "char", "chars": self.chars, "bos": self.bos, "fold": self.fold}
 
 
-def make_tokenizer(kind: str, documents: Iterable[str]) -> CharTokenizer:
-    """A preset's tokenizer: "chars" (from the documents), "letters" (fixed), "text" (from one text).
+@dataclass(frozen=True)
+class Numbers:
+    """For a model without a tokenizer: a text is its tokens as numbers, "464 3290 318"."""
 
-    Raises `DataError` for another kind.
+    vocab_size: int
+    bos: None = None
+
+    @property
+    def start(self) -> int:
+        """The last token: where BOS stands in microgpt's vocabulary and in GPT-2's."""
+        return self.vocab_size - 1
+
+    def encode(self, text: str) -> list[int]:
+        words = text.split()
+        if not all(word.isdecimal() and int(word) < self.vocab_size for word in words):
+            raise DataError(
+                f"without a tokenizer, the prompt must be tokens from 0 to {self.vocab_size - 1}, "
+                f"such as '1 2 3', not {text!r:.60}."
+            )
+        return [int(word) for word in words]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
+def make_tokenizer(kind: str, documents: Iterable[str]) -> Tokenizer:
+    """A preset's tokenizer: "chars" (from the documents), "letters" (fixed), "text" (from one text),
+    "gpt2" (fetched), or what is in a file or folder of this name.
+
+    Raises `DataError` for another kind, or one that cannot be had.
     """
     if kind == "letters":
         return CharTokenizer.letters()
@@ -95,18 +163,69 @@ def make_tokenizer(kind: str, documents: Iterable[str]) -> CharTokenizer:
     if kind == "text":
         return CharTokenizer.from_text(documents)
     if kind == "gpt2":
-        raise DataError("this preset needs GPT-2's tokens, which cannot be made from text yet.")
-    raise DataError(f"no tokenizer is called {kind!r}.{did_you_mean(kind, ('chars', 'letters', 'text'))}")
+        return read_tokenizer(fetch_gpt2())
+    if Path(kind).exists():
+        return read_tokenizer(Path(kind))
+    known = ("chars", "letters", "text", "gpt2")
+    raise DataError(f"no tokenizer, file or folder is called {kind!r}.{did_you_mean(kind, known)}")
 
 
-def tokenizer_from_dict(data: Any) -> CharTokenizer:
+def tokenizer_from_dict(data: Any) -> Tokenizer:
     """The tokenizer that `to_dict` described. Raises `DataError` if it is something else."""
+    if isinstance(data, dict) and "model" in data:
+        return BPETokenizer(data)
     try:
+        if data["type"] == "table":
+            return TableTokenizer.from_dict(data)
         if data["type"] != "char":
             raise DataError(f"unknown tokenizer type {data['type']!r}; expected 'char'.")
         chars, bos, fold = data["chars"], data["bos"], data["fold"]
         if not (isinstance(chars, str) and isinstance(bos, int | None) and isinstance(fold, bool)):
             raise TypeError
-    except (KeyError, TypeError):
-        raise DataError("not a tokenizer: expected type, chars, bos and fold.") from None
+    except (KeyError, TypeError, UnicodeError):
+        raise DataError(
+            "not a tokenizer: expected the JSON of Hugging Face's tokenizers, or type, chars, bos and fold."
+        ) from None
     return CharTokenizer(chars, bos, fold)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer file of a folder: of `FILES`, the first that is there."""
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file, known by its content, or of a folder: tokenizer.json (Hugging Face's, or
+    of a run), vocab.json or encoder.json with merges.txt or vocab.bpe beside it, llm.c's
+    gpt2_tokenizer.bin.
+
+    Raises `DataError` if there is none, or it is damaged.
+    """
+    if path.is_dir():
+        if (found := find_tokenizer(path)) is None:
+            raise DataError(f"{path} has no tokenizer; expected one of {', '.join(FILES)}.")
+        path = found
+    if magic_number(path) == MAGIC:
+        return read_table(path)
+    for vocab, merges in PAIRS:
+        if path.name == merges:
+            return read_pair(path.with_name(vocab), path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise DataError(
+            f"{path} is no tokenizer: expected JSON, as in {', '.join(FILES[:-1])}, "
+            "or llm.c's tokenizer file."
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
+    if isinstance(content, dict) and content and all(isinstance(v, int) for v in content.values()):
+        own_first = sorted(PAIRS, key=lambda pair: pair[0] != path.name)
+        merged = [path.with_name(m) for _, m in own_first if path.with_name(m).is_file()]
+        if not merged:
+            raise DataError(f"{path} is one half of a tokenizer: put its merges.txt or vocab.bpe beside it.")
+        return read_pair(path, merged[0])
+    try:
+        return tokenizer_from_dict(content)
+    except DataError as error:
+        raise DataError(f"{path} is no tokenizer that can be used: {error}") from None

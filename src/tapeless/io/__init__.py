@@ -1,1 +1,1 @@
-"""Files: run folders."""
+"""Files: run folders, and the formats of other programs."""

@@ -4,12 +4,14 @@ config.json          model and training settings, data, seed, engine
 tokenizer.json       the tokenizer
 model.safetensors    the parameters by name
 state.safetensors    everything needed to go on: parameters, moments, step, random state
-metrics.jsonl        one object a logged step: step (from 1), loss, lr
+metrics.jsonl        one object a logged step: step (from 1), loss, lr, and at evaluations val_loss
 samples.txt          texts generated at the end
+samples.jsonl        with sample_every, one object each time: step, samples
+best/                the model that was best in validation, as a folder of its own
 
-Every file but `metrics.jsonl` is written aside (in `.NAME.part/`), flushed to disk and renamed, so a
-killed process leaves the old file or the new one. `metrics.jsonl` only grows by whole lines; a last
-line without its end is ignored.
+Every file is written aside (in `.NAME.part/`), flushed to disk and renamed, so a killed process leaves
+the old file or the new one. But what ends in `.jsonl` only grows, by whole lines; a last line without
+its end is ignored.
 """
 
 from __future__ import annotations
@@ -19,24 +21,32 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tapeless.config import GPTConfig
-from tapeless.data.tokenizers import CharTokenizer, tokenizer_from_dict
+from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.errors import ConfigError, DataError, RunError
+from tapeless.io import safetensors
+from tapeless.io.tensors import Checkpoint, Stored
+from tapeless.layout import parameters
 
-CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES = FILES = (
+METADATA = {"format": "tapeless"}  # of safetensors files
+FLOAT = np.dtype(np.float32)
+CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES, SAMPLES_LOG = FILES = (
     "config.json",
     "tokenizer.json",
     "model.safetensors",
     "state.safetensors",
     "metrics.jsonl",
     "samples.txt",
+    "samples.jsonl",
 )
+BEST = "best"
 
 
 # ---------------------------------------------------------------- writing
@@ -50,7 +60,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     # A folder, since libraries write files of their own beside the one they are asked for; one name
     # for all attempts, so that what a killed process left in it goes with the next one.
     aside = path.with_name(f".{path.name}.part")
-    with _writing(path):
+    with writing(path):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
@@ -63,7 +73,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """What the system refuses, as a `RunError`."""
     try:
         yield
@@ -81,49 +91,63 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda aside: aside.write_bytes(content))
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    def write(aside: Path) -> None:
-        try:
-            save_file(tensors, str(aside), {"format": "tapeless"})
-        except SafetensorError as error:  # how it reports a full disk
-            raise OSError(str(error)) from None
-
-    write_file(path, write)
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    # The widest numbers first, so that each tensor lies where its own may.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    entries = [(name, tensor.dtype, tensor.shape) for name, tensor in ordered]
+    blocks = [tensor for _, tensor in ordered]
+    write_file(path, lambda aside: safetensors.write(aside, entries, blocks, METADATA))
 
 
 def save_model(
     folder: Path,
     config: GPTConfig,
-    tokenizer: CharTokenizer | None,
+    tokenizer: Tokenizer | None,
     params: dict[str, np.ndarray],
     about: dict[str, Any] | None = None,
 ) -> None:
     """Write config.json, tokenizer.json and model.safetensors. Raises `RunError` if that fails."""
+    _write_about(folder, config, tokenizer, about or {})
+    write_tensors(folder / MODEL, params)
+
+
+def write_model(folder: Path, model: Checkpoint) -> None:
+    """The same for a model in files, with numbers of float32."""
+    _write_about(folder, model.config, model.tokenizer, {})
+    entries = [(name, FLOAT, shape) for name, shape in _shapes(model.config).items()]
+    blocks = (block.astype(FLOAT) for name, *_ in entries for block in model.blocks(name))
+    write_file(folder / MODEL, lambda aside: safetensors.write(aside, entries, blocks, METADATA))
+
+
+def _write_about(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, about: dict[str, Any]) -> None:
     from tapeless import __version__
 
-    write_json(folder / CONFIG, {"tapeless": __version__, "model": config.to_dict(), **(about or {})})
+    write_json(folder / CONFIG, {"tapeless": __version__, "model": config.to_dict(), **about})
     if tokenizer is None:
         remove([folder / TOKENIZER])  # of another model saved here before
     else:
-        write_json(folder / TOKENIZER, tokenizer.to_dict())
-    write_tensors(folder / MODEL, params)
+        # On one line: a BPE has a hundred thousand.
+        write_text(folder / TOKENIZER, json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
+
+
+def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that a config really has."""
+    shapes = {t.name: t.resolve({}) for t in parameters(config)}
+    return {name: shape for name, shape in shapes.items() if prod(shape)}
 
 
 def json_lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def append_metrics(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with _writing(path), open(path, "a", encoding="utf-8") as file:
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json_lines(rows))
 
 
 def remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        with _writing(path):
+        with writing(path):
             path.unlink(missing_ok=True)
 
 
@@ -141,18 +165,26 @@ def read_json(path: Path) -> Any:
         raise RunError(f"cannot read {path}: {error.strerror or error}.") from None
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+def open_tensors(path: Path, expected: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, Stored]:
+    """The tensors of a file, to be mapped. Raises `RunError` where it cannot be read, or does not hold
+    the `expected` names, with these shapes and kinds of number."""
     if not path.is_file():
         raise RunError(f"{path.parent} has no {path.name}: it is not a run folder, or incomplete.")
-    try:
-        return load_file(str(path))
-    except SafetensorError:
-        raise RunError(f"{path} is damaged or truncated: it is not a whole safetensors file.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"cannot read {path}: {error}.") from None
+    tensors = safetensors.open_file(path)
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise RunError(f"{path} has no tensor {missing[0]!r}: it does not match config.json.")
+    unknown = [name for name in tensors if name not in expected]
+    if unknown:
+        raise RunError(f"{path} has a tensor {unknown[0]!r} that config.json does not describe.")
+    for name, (shape, dtype) in expected.items():
+        if tensors[name].shape != shape:
+            raise RunError(
+                f"{path}: {name} is {list(tensors[name].shape)}, but config.json says {list(shape)}."
+            )
+        if tensors[name].dtype.kind != dtype.kind:
+            raise RunError(f"{path}: {name} holds {tensors[name].dtype} numbers; expected {dtype}.")
+    return tensors
 
 
 def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
@@ -171,7 +203,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
         raise RunError(f"{path} does not describe a model: {error}") from None
 
 
-def read_tokenizer(folder: Path, vocab_size: int) -> CharTokenizer | None:
+def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The run's tokenizer, or None where a model was saved without one."""
     path = folder / TOKENIZER
     if not path.exists():
@@ -188,29 +220,30 @@ def read_tokenizer(folder: Path, vocab_size: int) -> CharTokenizer | None:
     return tokenizer
 
 
+def open_model(folder: Path) -> Checkpoint:
+    """The model of a run folder, and its tokenizer. Raises `RunError` if a file is missing, damaged, or
+    does not match the others."""
+    config, _ = read_config(folder)
+    expected = {name: (shape, FLOAT) for name, shape in _shapes(config).items()}
+    tensors = open_tensors(folder / MODEL, expected)
+    number = tensors["wte"].dtype
+    parts = {name: [tensors[name]] for name in expected}
+    return Checkpoint(
+        folder, f"a run of tapeless, {number}", config, parts, folder, read_tokenizer(folder, config.vocab)
+    )
+
+
 def read_into(views: Mapping[str, np.ndarray], path: Path) -> None:
     """Copy the tensors of a file into `views`, by name. Raises `RunError`, before anything is copied,
-    where the file cannot be read, or does not hold these names, shapes and kinds of number."""
-    tensors = read_tensors(path)
-    missing = [name for name in views if name not in tensors]
-    if missing:
-        raise RunError(f"{path} has no tensor {missing[0]!r}: it does not match config.json.")
-    unknown = [name for name in tensors if name not in views]
-    if unknown:
-        raise RunError(f"{path} has a tensor {unknown[0]!r} that config.json does not describe.")
+    where `open_tensors` does."""
+    expected = {name: (view.shape, view.dtype) for name, view in views.items()}
+    tensors = open_tensors(path, expected)
     for name, view in views.items():
-        if tensors[name].shape != view.shape:
-            raise RunError(
-                f"{path}: {name} is {list(tensors[name].shape)}, but config.json says {list(view.shape)}."
-            )
-        if tensors[name].dtype.kind != view.dtype.kind:
-            raise RunError(f"{path}: {name} holds {tensors[name].dtype} numbers; expected {view.dtype}.")
-    for name, view in views.items():
-        view[...] = tensors[name]
+        view[...] = tensors[name].map()
 
 
-def cut_metrics(path: Path, steps: int) -> None:
-    """Take from metrics.jsonl what lies beyond `steps`: logged by a process killed before it saved.
+def cut_log(path: Path, steps: int) -> None:
+    """Take from a file of rows what lies beyond `steps`: logged by a process killed before it saved.
 
     Raises `RunError` if a whole line is not an object with a step; then nothing is changed.
     """
@@ -242,7 +275,7 @@ def refuse(folder: Path, overwrite: bool) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise RunError(f"{there} is a file; expected a folder for the run.")
-    if not any((folder / name).exists() for name in FILES):
+    if not any((folder / name).exists() for name in (*FILES, f"{BEST}/{CONFIG}")):
         return
     if not overwrite:
         raise RunError(f"{folder} already holds a run: go on with --resume, or replace it with --overwrite.")
@@ -260,10 +293,13 @@ def claim(folder: Path, overwrite: bool) -> None:
     Raises `RunError` where `refuse` does, also if another process claimed it meanwhile.
     """
     refuse(folder, overwrite)
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     remove(folder / name for name in FILES)
-    with _writing(folder / METRICS):
+    remove(folder / BEST / name for name in (CONFIG, TOKENIZER, MODEL))
+    with suppress(OSError):  # it is not there, or holds something else
+        (folder / BEST).rmdir()
+    with writing(folder / METRICS):
         try:
             open(folder / METRICS, "x").close()
         except FileExistsError:

@@ -1,0 +1,106 @@
+"""A model from one format to another: what `tapeless convert` does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tapeless.errors import ConfigError, RunError, did_you_mean
+from tapeless.io import gguf, gpt2, huggingface, llmc, runs
+from tapeless.io.checkpoints import open_model
+from tapeless.io.tensors import Checkpoint
+from tapeless.layout import n_params
+
+FOLDERS = {"hf": "Hugging Face folder", "run": "run folder"}
+FILES = {".bin": "llm.c file", ".gguf": "GGUF file"}
+NO_FORMAT = (".safetensors", ".pt", ".pth", ".h5", ".npz", ".onnx", ".json")  # of no DST
+MODEL_FILES = (*runs.FILES, huggingface.INDEX, *huggingface.TOKENIZER_FILES)
+
+
+def convert(
+    source: str | Path,
+    target: Path,
+    to: str | None = None,
+    dtype: str = "f32",
+    overwrite: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+) -> None:
+    """Write the model at `source` to `target`, in the format of its name: `.bin`, `.gguf`, or a folder,
+    which is Hugging Face's or, with `to="run"`, a run's. `dtype` is "f32" or "bf16"; `say` is told what
+    is done. Raises `ConfigError`, or `RunError` where `source` is no whole
+    model or `target` is in the way or cannot be written; then nothing is changed.
+    """
+    if dtype not in llmc.DTYPES:
+        raise ConfigError(f"dtype cannot be {dtype!r}.{did_you_mean(dtype, llmc.DTYPES)}")
+    if to not in (None, *FOLDERS):
+        raise ConfigError(f"to cannot be {to!r}.{did_you_mean(to, FOLDERS)}")
+    suffix = target.suffix.lower()
+    if suffix in NO_FORMAT:
+        raise ConfigError(f"{target} cannot be written: give a .bin or .gguf file, or a folder.")
+    if suffix in FILES and to is not None:
+        raise ConfigError(f"to={to} is the format of a folder, but {target} is to be a {FILES[suffix]}.")
+    if to == "run" and dtype != "f32":
+        raise ConfigError("a run folder keeps its weights in float32: leave dtype out.")
+    refuse(target, suffix not in FILES, overwrite)
+
+    model = open_model(source)
+    say(f"{model.path}: {model.format}, {n_params(model.config):,} parameters")
+    format, numbers = FILES.get(suffix) or FOLDERS[to or "hf"], llmc.DTYPES[dtype][1]
+    if to == "run":
+        _write_folder(target, lambda folder: runs.write_model(folder, model))
+    else:
+        whole = gpt2.as_gpt2(model, f"a {format}")
+        if len(whole.tensors) > len(model.tensors):
+            say(f"It has no biases: a {format} gets biases of zero.")
+        if suffix == ".bin":
+            llmc.write_model(target, whole, dtype)
+        elif suffix == ".gguf":
+            if gguf.write_model(target, whole, numbers) is None:
+                say(f"No BPE tokenizer comes with {model.path}: llama.cpp will know tokens only by number.")
+        else:
+            _write_folder(target, lambda folder: _write_huggingface(folder, whole, numbers))
+    say(f"Saved in {target} ({format}, {numbers.name}).")
+
+
+def refuse(target: Path, folder: bool, overwrite: bool) -> None:
+    """Raise `RunError` if a file, or a `folder`, must not be written there."""
+    if folder:
+        there = [target / name for name in MODEL_FILES if (target / name).exists()]
+        if target.exists() and not target.is_dir():
+            raise RunError(f"{target} is a file; expected a folder for the model, or a .bin or .gguf file.")
+    else:
+        there = [target] if target.exists() else []
+        if target.is_dir():
+            raise RunError(f"{target} is a folder; expected the name of a file.")
+    if there and not overwrite:
+        raise RunError(f"{there[0]} is there already: replace it with --overwrite, or choose another name.")
+
+
+def _write_huggingface(folder: Path, model: Checkpoint, numbers: np.dtype) -> None:
+    huggingface.write_model(folder, model, numbers)
+    if model.own_folder:
+        for path in huggingface.tokenizer_files(model.folder):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder aside, then put its files in the place of the model that may be there."""
+    folder = folder.resolve()
+    aside = folder.with_name(f".{folder.name}.part")
+    with runs.writing(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            write(aside)
+            folder.mkdir(exist_ok=True)
+            new = {path.name for path in aside.iterdir()}
+            for name in new:
+                os.replace(aside / name, folder / name)
+            old = [folder / name for name in MODEL_FILES if name not in new]
+            runs.remove([*old, *folder.glob("model-*-of-*.safetensors")])
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,180 @@
+"""Byte-level BPE, as GPT-2 uses it, through the `tokenizers` library: read, trained, saved as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tapeless.errors import DataError
+
+END = "<|endoftext|>"  # stands between documents
+LEAST = 257  # tokens: the bytes, and END
+HUB = "openai-community/gpt2"
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding: any text has tokens, and `decode(encode(text)) == text` as long
+    as the tokenizer does not normalise texts (GPT-2's does not).
+
+    `bos` is the token `<|endoftext|>`, which a text may also contain spelled out, or None.
+
+    `description` is the library's JSON, as in Hugging Face's tokenizer.json.
+    Raises `DataError` if it describes no byte-level BPE, or the library is not there.
+    """
+
+    def __init__(self, description: dict[str, Any]):
+        _check(description)
+        lib = library()
+        try:
+            self._library = lib.Tokenizer.from_str(json.dumps(description))
+        except Exception as error:  # the library raises nothing more particular
+            raise DataError(f"it describes no tokenizer: {error}.") from None
+        self._library.no_truncation()
+        self._library.no_padding()
+        self.bos: int | None = self._library.token_to_id(END)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def start(self) -> int:
+        """The token to generate from when there is no prompt: BOS, or else a line end."""
+        return self.encode("\n")[0] if self.bos is None else self.bos
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text is not Unicode: it has {text[error.start]!r}.") from None
+        [encoding] = self._library.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`; bytes that are no UTF-8 become U+FFFD, and ids without a token (of a
+        padded vocabulary) nothing."""
+        known = [t for t in tokens if 0 <= t < self.vocab_size]
+        return self._library.decode(known, skip_special_tokens=False)
+
+    def token_bytes(self) -> list[bytes]:
+        """An id that no token has stands for no bytes."""
+        spelled = [self._library.id_to_token(t) or "" for t in range(self.vocab_size)]
+        bytes_of = _alphabet()
+        return [b"".join([bytes_of.get(c) or c.encode() for c in letters]) for letters in spelled]
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(self._library.to_str())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BPETokenizer) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _alphabet() -> dict[str, bytes]:
+    """The letter that stands for each byte in GPT-2's vocabulary: the byte's own in Latin-1 where that can
+    be seen, and for the others, in turn, the letters from U+0100 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    letters = {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
+    return {letter: bytes([byte]) for letter, byte in letters.items()}
+
+
+def library() -> Any:
+    """The `tokenizers` library. Raises `DataError` if it is not installed."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError(
+            "GPT-2's kind of tokenizer needs the tokenizers library: pip install 'tapeless[bpe]'."
+        ) from None
+    return tokenizers
+
+
+def _check(description: dict[str, Any]) -> None:
+    """Raise `DataError` for another kind of tokenizer, or for merges that the vocabulary does not have:
+    they would make the library panic."""
+    try:
+        model = description["model"]
+        kind = model.get("type", "BPE" if "merges" in model else "unknown")  # older files name none
+        around = json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
+        if kind != "BPE" or '"ByteLevel"' not in around:
+            raise DataError(f"it describes a {kind} tokenizer; expected byte-level BPE, as GPT-2's.")
+        for merge in model["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            if not {left, right, left + right} <= model["vocab"].keys():
+                raise DataError(f"it merges {left!r} and {right!r}, which its vocabulary does not have.")
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise DataError("it describes no tokenizer: it has no vocabulary and merges.") from None
+
+
+def _describe(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
+    """GPT-2's way with this vocabulary and these merges."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": vocab[END], "content": END} | plain] if END in vocab else [],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+
+
+def read_pair(vocab: Path, merges: Path) -> BPETokenizer:
+    """The tokenizer of GPT-2's own files: vocab.json and merges.txt, or encoder.json and vocab.bpe.
+
+    Raises `DataError` if they cannot be read, or do not belong together.
+    """
+    path = vocab
+    try:
+        tokens = json.loads(vocab.read_text(encoding="utf-8"))
+        path = merges
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is damaged: it is no {'JSON' if path == vocab else 'text'}.") from None
+    pairs = [line.split() for line in lines[lines[0].startswith("#version") :] if line.strip()]
+    try:
+        return BPETokenizer(_describe(tokens, pairs))
+    except (DataError, TypeError) as error:
+        raise DataError(f"{vocab} and {merges.name} do not belong together: {error}") from None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A tokenizer of at most `vocab_size` tokens: the 256 bytes, what is most often found together in
+    `texts`, and `<|endoftext|>`, which is the last. Texts are split into words as GPT-2 does it."""
+    lib = library()
+    tokenizer = lib.Tokenizer(lib.models.BPE())
+    tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = lib.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return BPETokenizer(_describe(model["vocab"] | {END: len(model["vocab"])}, model["merges"]))
+
+
+def fetch_gpt2() -> Path:
+    """GPT-2's tokenizer.json, from Hugging Face's hub or where it was kept the last time.
+
+    Raises `DataError` if that is not possible.
+    """
+    elsewhere = "give the folder of its vocab.json and merges.txt (or encoder.json and vocab.bpe)"
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise DataError(
+            f"GPT-2's tokens need its files: {elsewhere}, or fetch them with pip install 'tapeless[hub]'."
+        ) from None
+    try:
+        return Path(hf_hub_download(HUB, "tokenizer.json"))
+    except Exception as error:  # the network's, the hub's, the disk's
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"cannot fetch GPT-2's tokens ({reason:.100}): {elsewhere}.") from None

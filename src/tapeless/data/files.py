@@ -1,0 +1,146 @@
+"""Which token files a data set has: a file, a folder, a glob, or a name below a folder."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tapeless.data.shards import FORMATS, OTHERS, magic_number
+from tapeless.errors import DataError
+
+# shakespeare_train.bin, fineweb_val_000000.bin, train.bin
+NAME = re.compile(r"(?:(?P<name>.+)_)?(?P<split>train|val)(?P<number>_\d+)?\.bin")
+
+
+class TokenFiles(NamedTuple):
+    """The token files of a data set, in order; `val` may be empty."""
+
+    name: str
+    train: list[Path]
+    val: list[Path]
+
+
+Set = tuple[Path, str | None]  # the folder and NAME of a data set
+
+
+def is_tokens(source: str | Path) -> bool:
+    """Whether `source` means token files, not a text: a folder, a glob, a name below a folder, or a
+    file that is called .bin or begins as a shard does."""
+    path = Path(source)
+    if path.is_file():
+        return path.suffix == ".bin" or magic_number(path) in FORMATS
+    return path.is_dir() or bool(_globbed(path)) or bool(_sets_called(path))
+
+
+def find_tokens(source: str | Path) -> TokenFiles:
+    """The token files that `source` means.
+
+    A file: that one to train on; for NAME_train.bin also NAME_val.bin beside it. A glob: the files it
+    matches, those named *_val* to validate on; where it matches none of them, those beside the others.
+    A folder: the pairs NAME_train.bin, NAME_val.bin (or NAME_train_000001.bin …) anywhere below it;
+    where there are none, the token files in it. FOLDER/NAME: of several pairs below a folder, the ones
+    of that name.
+
+    Raises `DataError` if there is nothing of that kind, or more than one data set.
+    """
+    path = Path(source)
+    if path.is_file():
+        return TokenFiles(path.stem, [path], _beside([path]))
+    if path.is_dir():
+        return _only(_sets(path), path) or _unnamed(path)
+    if matched := _globbed(path):
+        val = [p for p in matched if _split(p) == "val"]
+        train = [p for p in matched if p not in set(val)]
+        if not train:
+            raise DataError(f"{source} only matches files to validate on: {_listed(val)}.")
+        return TokenFiles(path.name, train, val or _beside(train))
+    if found := _only(_sets_called(path), path):
+        return found
+    raise DataError(
+        f"no token files {str(source)!r}. Give a .bin file, a folder or glob of them, or FOLDER/NAME for "
+        "NAME_train.bin below that folder."
+    )
+
+
+def _split(path: Path) -> str | None:
+    match = NAME.fullmatch(path.name)
+    return match["split"] if match else None
+
+
+def _globbed(path: Path) -> list[Path]:
+    if not glob.has_magic(str(path)):
+        return []
+    return [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
+
+
+def _beside(train: list[Path]) -> list[Path]:
+    """The files to validate on that go with files to train on."""
+    keys = {(p.parent, m["name"]) for p in train if (m := NAME.fullmatch(p.name)) and m["split"] == "train"}
+    return [p for folder, name in sorted(keys, key=str) for p in _files(folder, name, "val")]
+
+
+def _files(folder: Path, name: str | None, split: str) -> list[Path]:
+    matches = [(m, p) for p in sorted(folder.glob("*.bin")) if (m := NAME.fullmatch(p.name))]
+    found = [(m, p) for m, p in matches if (m["name"], m["split"]) == (name, split)]
+    if len({m["number"] is None for m, _ in found}) > 1:
+        raise DataError(
+            f"{folder} has one file and numbered ones of the same data: "
+            f"{_listed(p for _, p in found)}. Remove some, or choose by a glob."
+        )
+    return [p for _, p in found]
+
+
+def _sets(folder: Path, name: str | None = None) -> list[Set]:
+    """The data sets below a folder, hidden folders left out; only those called `name`, if given."""
+    found: list[Set] = []
+    seen: set[str] = set()  # links may lead in circles
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
+        if real not in seen:
+            names = {m["name"] for f in files if (m := NAME.fullmatch(f)) and m["split"] == "train"}
+            found += [(Path(parent), each) for each in sorted(names, key=str) if name in (None, each)]
+        seen.add(real)
+    return found
+
+
+def _sets_called(path: Path) -> list[Set]:
+    """The data sets that FOLDER/NAME means."""
+    if path.suffix or path.exists() or not path.parent.is_dir():
+        return []
+    return _sets(path.parent, path.name)
+
+
+def _only(sets: list[Set], source: Path) -> TokenFiles | None:
+    if not sets:
+        return None
+    if len(sets) > 1:
+        names = {name for _, name in sets}
+        of_that_name = f" called {source.name}" if names == {source.name} else ""
+        ways = [
+            folder if len(_sets(folder)) == 1 else folder / (name or "train.bin") for folder, name in sets
+        ]
+        raise DataError(f"{source} means {len(sets)} data sets{of_that_name}. Choose one: {_listed(ways)}.")
+    [(folder, name)] = sets
+    return TokenFiles(name or folder.name, _files(folder, name, "train"), _files(folder, name, "val"))
+
+
+def _unnamed(folder: Path) -> TokenFiles:
+    files = [p for p in sorted(folder.glob("*.bin")) if p.is_file()]
+    tokens = [p for p in files if magic_number(p) not in OTHERS]
+    if not tokens:
+        raise DataError(
+            f"{folder} has no token files: neither NAME_train.bin anywhere below it nor *.bin in it."
+        )
+    if len(val := [p for p in tokens if _split(p) == "val"]) == len(tokens):
+        raise DataError(f"{folder} only has files to validate on: {_listed(val)}. Expected NAME_train.bin.")
+    return TokenFiles(folder.name, [p for p in tokens if p not in val], val)
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    names = [str(p) for p in paths]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,141 @@
+"""The data of a run: what to train on, what to validate on, and their tokenizer, wherever they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tapeless.data.documents import BUILT_IN, Corpus, read_documents
+from tapeless.data.files import find_tokens, is_tokens
+from tapeless.data.orders import Tokens
+from tapeless.data.shards import Shards
+from tapeless.data.tokenizers import Tokenizer, find_tokenizer, make_tokenizer, read_tokenizer
+from tapeless.errors import ConfigError, DataError
+
+
+class Data(NamedTuple):
+    """What a run reads. `tokenizer` is None where nobody knows it: texts are then tokens as numbers."""
+
+    train: Tokens
+    val: Tokens | None
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    lines: bool  # documents, not one long text
+
+    def sizes(self) -> str:
+        """For people: "4,647 documents and 516 to validate on"."""
+        text = f"{self._size(self.train):,} {'documents' if self.lines else 'tokens'}"
+        return text if self.val is None else f"{text} and {self._size(self.val):,} to validate on"
+
+    def _size(self, data: Tokens) -> int:
+        return len(data.spans) if self.lines and data.spans is not None else int(data.pieces[-1])
+
+
+def are_tokens(source: str | Path) -> bool:
+    """Whether the data at `source` are token files: what is built in is a text, whatever lies here."""
+    return str(source) not in BUILT_IN and is_tokens(source)
+
+
+def open_data(
+    source: str | Path,
+    val: str | Path | None,
+    tokenizer: str | Tokenizer | None,
+    vocab_size: int | None,
+    longest: int,
+    *,
+    lines: bool,
+    val_fraction: float,
+    usual_vocab: int | None = None,
+) -> Data:
+    """Open the data at `source`, and at `val` what to validate on. Without that it is NAME_val.bin for
+    NAME_train.bin, or `val_fraction` of a text.
+
+    `tokenizer` is one, or the kind of one (see `make_tokenizer`), or None if it is not known; token
+    files may have theirs beside them. `vocab_size` must be theirs, if it is given; where nobody knows
+    their tokenizer it is `usual_vocab`. `lines`: each line of a text is a document; what of it is
+    longer than `longest` tokens is cut off.
+
+    Raises `DataError` for what cannot be read, `ConfigError` for vocabularies that differ.
+    """
+    if are_tokens(source):
+        found = find_tokens(source)
+        if tokenizer is None or isinstance(tokenizer, str):
+            path = find_tokenizer(found.train[0].parent)
+            tokenizer = read_tokenizer(path) if path else None
+        vocab_size = _vocabulary(source, tokenizer, vocab_size) or usual_vocab
+        if vocab_size is None:
+            raise ConfigError(
+                f"{found.train[0].parent} has no tokenizer, so the vocabulary is not known: set its size, "
+                "e.g. vocab_size=50257 for GPT-2's tokens."
+            )
+        train: Tokens = Shards(found.train, vocab_size)
+        held: Tokens | None = Shards(found.val, vocab_size) if found.val and val is None else None
+        if val is None and held is None and val_fraction:
+            raise DataError(
+                f"{source} has no NAME_val.bin, and of token files no part is held out: give what to "
+                "validate on, or set val_fraction=0."
+            )
+        lines = False
+    else:
+        documents = read_documents(source, whole=not lines)
+        if isinstance(tokenizer, str):
+            tokenizer = make_tokenizer(tokenizer, documents)
+        if tokenizer is None:
+            raise DataError(f"no tokenizer is known to read {source} with: give token files.")
+        vocab_size = _vocabulary(source, tokenizer, vocab_size) or tokenizer.vocab_size
+        rest: list[str] = []
+        if val is None and val_fraction:
+            documents, rest = hold_out(documents, val_fraction)
+            if not documents or not rest:
+                raise DataError(
+                    f"{source} is too short to hold out {val_fraction:g} of it: set another val_fraction, "
+                    "or 0."
+                )
+        train = Corpus.from_documents(documents, tokenizer, longest)
+        held = Corpus.from_documents(rest, tokenizer, longest) if rest else None
+    if val is not None:
+        held = _open_val(val, tokenizer, vocab_size, longest, lines)
+    return Data(train, held, tokenizer, vocab_size, lines)
+
+
+def _vocabulary(source: str | Path, tokenizer: Tokenizer | None, vocab_size: int | None) -> int | None:
+    if tokenizer is None:
+        return vocab_size
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"vocab_size is {vocab_size:,}, but {source} has {tokenizer.vocab_size:,} tokens: they must be "
+            "the same."
+        )
+    return tokenizer.vocab_size
+
+
+def _open_val(
+    source: str | Path, tokenizer: Tokenizer | None, vocab_size: int, longest: int, lines: bool
+) -> Tokens:
+    if are_tokens(source):
+        found = find_tokens(source)
+        return Shards([Path(source)] if Path(source).is_file() else found.val or found.train, vocab_size)
+    if tokenizer is None:
+        raise DataError(f"no tokenizer is known to read {source} with: give token files.")
+    documents = read_documents(source, whole=not lines)
+    try:
+        return Corpus.from_documents(documents, tokenizer, longest)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """The documents without, and those that are, this fraction of them, evenly spread; of a single text,
+    its end."""
+    if len(documents) == 1:
+        [text] = documents
+        cut = int(len(text) * (1 - fraction))
+        return ([text[:cut]] if cut else []), [text[cut:]]
+    share = np.arange(len(documents) + 1) * fraction
+    held = np.floor(share[1:]) > np.floor(share[:-1])
+    return (
+        [d for d, out in zip(documents, held, strict=True) if not out],
+        [d for d, out in zip(documents, held, strict=True) if out],
+    )

@@ -1,0 +1,135 @@
+"""Processes that turn blocks of text into tokens, each block of a stream by the next one in turn."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from tapeless.data.texts import Block
+from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
+from tapeless.errors import DataError
+
+TOKENS, ERROR = b"\0", b"\1"  # what an answer begins with
+
+
+def encode(tokenizer: Tokenizer, text: str, opens: bool, lines: bool) -> np.ndarray:
+    """The tokens [n] int32 of a block; BOS, where there is one, before each document that begins in it."""
+    between = [] if tokenizer.bos is None else [tokenizer.bos]
+    if not lines:
+        return np.array([*(between if opens else []), *tokenizer.encode(text)], np.int32)
+    ids: list[int] = []
+    for document in documents(text):
+        ids += between
+        ids += tokenizer.encode(document)
+    return np.array(ids, np.int32)
+
+
+def documents(text: str) -> list[str]:
+    """The lines that are not blank, stripped."""
+    return [document for line in text.split("\n") if (document := line.strip())]
+
+
+def encoded(
+    blocks: Iterator[Block], tokenizer: Tokenizer, lines: bool, processes: int
+) -> Iterator[tuple[Block, np.ndarray]]:
+    """Each block with its tokens, in order; at most one block a process is in memory.
+
+    Raises `DataError` for text that has no tokens, or if a process dies.
+    """
+    if processes == 1:
+        for block in blocks:
+            yield block, encode(tokenizer, block.text, block.opens, lines)
+        return
+    with _started(json.dumps(tokenizer.to_dict()), lines, processes) as connections:
+        idle, busy = deque(connections), deque[tuple[Any, Block]]()
+        for block in blocks:
+            if not idle:
+                connection, earlier = busy.popleft()
+                yield earlier, _answer(connection)
+                idle.append(connection)
+            connection = idle.popleft()
+            _ask(connection, block)
+            busy.append((connection, block))
+        for connection, earlier in busy:
+            yield earlier, _answer(connection)
+
+
+@contextmanager
+def _started(description: str, lines: bool, processes: int) -> Iterator[list[Any]]:
+    """Connections to so many processes, which end when these are closed, or this process ends."""
+    context = multiprocessing.get_context("spawn")
+    started, connections = [], []
+    try:
+        with _without_interrupts():
+            for _ in range(processes):
+                ours, theirs = context.Pipe()
+                connections.append(ours)
+                process = context.Process(target=_work, args=(theirs, description, lines), daemon=True)
+                process.start()
+                theirs.close()
+                started.append(process)
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in started:
+            process.terminate()
+            process.join()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C goes to every process of a terminal; those started in here ignore it and leave it to this
+    one. (Only the main thread can say so.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ask(connection: Any, block: Block) -> None:
+    try:
+        connection.send_bytes(bytes([block.opens]) + block.text.encode())
+    except OSError:
+        raise DataError(_DIED) from None
+
+
+def _answer(connection: Any) -> np.ndarray:
+    try:
+        answer = connection.recv_bytes()
+    except (EOFError, OSError):
+        raise DataError(_DIED) from None
+    if answer[:1] == ERROR:
+        raise DataError(answer[1:].decode())
+    return np.frombuffer(answer, np.int32, offset=4)
+
+
+_DIED = "a process that tokenizes has died, perhaps for lack of memory: try fewer --processes."
+
+
+def _work(connection: Any, description: str, lines: bool) -> None:
+    """What such a process does until its connection is closed."""
+    try:
+        tokenizer = tokenizer_from_dict(json.loads(description))
+        while True:
+            question = connection.recv_bytes()
+            try:
+                ids = encode(tokenizer, question[1:].decode(), bool(question[0]), lines)
+                answer = TOKENS.ljust(4) + ids.tobytes()
+            except DataError as error:
+                answer = ERROR + str(error).encode()
+            connection.send_bytes(answer)
+    except (EOFError, OSError):
+        return

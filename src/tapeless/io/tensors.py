@@ -1,0 +1,127 @@
+"""Tensors in files, and a model made of them: `Checkpoint`. A model of any size passes through little
+memory, since its tensors are mapped a few megabytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from tapeless.config import GPTConfig
+from tapeless.data.tokenizers import Tokenizer
+from tapeless.errors import RunError
+
+BLOCK = 4 << 20  # bytes mapped at a time
+
+
+class Part(Protocol):
+    """A tensor, or some rows of one: consecutive blocks of its rows (places along its first axis)."""
+
+    def blocks(self) -> Iterator[np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, row by row from byte `offset`. `turned`: `blocks` exchanges its last two axes,
+    so that `[out, in]` becomes our `[in, out]`."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    turned: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def map(self) -> np.ndarray:
+        """All of it, as it is stored."""
+        if not self.nbytes:  # nothing cannot be mapped
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        row = self.nbytes // self.shape[0]
+        step = max(1, BLOCK // row)
+        # Each block is a mapping of its own: its pages are given back when the next one takes its place.
+        with open(self.path, "rb") as file:
+            for first in range(0, self.shape[0], step):
+                shape = (min(step, self.shape[0] - first), *self.shape[1:])
+                block = np.memmap(file, self.dtype, "r", self.offset + first * row, shape)
+                yield block.swapaxes(1, 2) if self.turned else block
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in memory."""
+
+    array: np.ndarray
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        yield self.array
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A tensor of zeros."""
+
+    shape: tuple[int, ...]
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        yield np.zeros(self.shape, np.float32)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in files, whose sizes have been compared with its config.
+
+    `tensors` has every parameter by our name, in parts along its first axis; `folder` is where files
+    of its tokenizer may lie, `tokenizer` what was read of them.
+    """
+
+    path: Path
+    format: str  # for people, with the kind of number: "llm.c, float32"
+    config: GPTConfig
+    tensors: Mapping[str, Sequence[Part]]
+    folder: Path
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def own_folder(self) -> bool:
+        """Whether `folder` is the model's own: what lies beside a file need not belong to it."""
+        return self.path == self.folder
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Consecutive rows of a parameter, in our orientation. Raises `RunError` for numbers that are
+        not finite, or a file that cannot be read any more."""
+        try:
+            for part in self.tensors[name]:
+                for block in part.blocks():
+                    if not np.isfinite(block).all():
+                        kind = "NaN" if np.isnan(block).any() else "an infinite number"
+                        raise RunError(
+                            f"{self.path}: {name} holds {kind}; expected finite weights. "
+                            "Take a checkpoint from before that."
+                        )
+                    yield block
+        except (OSError, ValueError) as error:  # a mapping beyond the end is a ValueError
+            raise RunError(f"{self.path} has changed since it was opened: {error}.") from None
+
+    def read_into(self, views: Mapping[str, np.ndarray]) -> None:
+        """Copy every parameter into the view of its name, once, converting its numbers. Raises
+        `RunError` as `blocks` does."""
+        for name, view in views.items():
+            first = 0
+            for block in self.blocks(name):
+                view[first : first + len(block)] = block
+                first += len(block)
+
+
+def write_array(file: BinaryIO, array: np.ndarray, dtype: Any = None) -> None:
+    """Append the numbers of an array, row by row, as `dtype`."""
+    file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)

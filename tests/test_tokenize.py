@@ -1,0 +1,451 @@
+"""`tapeless tokenize`: what it writes, whatever the machine; what it refuses; nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commands import COMMAND, contents, environment, refused, succeeds
+from shard_files import read_shard
+from tapeless.data import texts as texts_module
+from tapeless.data.bpe import train_bpe
+from tapeless.data.documents import Corpus, read_documents
+from tapeless.data.files import find_tokens
+from tapeless.data.texts import Texts
+from tapeless.data.tokenizers import CharTokenizer, find_tokenizer, read_tokenizer
+from test_bpe import gpt2, gpt2_files
+
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 20
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "play.txt").write_text(TEXT)
+    return tmp_path
+
+
+def tokens(path):
+    return read_shard(path)[1]
+
+
+def train_and_val(folder, name="play"):
+    return tokens(folder / f"{name}_train.bin"), tokens(folder / f"{name}_val.bin")
+
+
+# ---------------------------------------------------------------- what it writes
+
+
+def test_gpt2s_tokens(text):
+    told = succeeds("tokenize", "play.txt", "--tokenizer", gpt2_files(), "--out", "data", cwd=text)
+    cut = int(0.9 * len(TEXT))
+    train, val = train_and_val(text / "data")
+    assert train == [50256, *gpt2().encode(TEXT[:cut])]
+    assert val == [50256, *gpt2().encode(TEXT[cut:])]
+    assert read_shard(text / "data/play_train.bin")[0] == "uint16"
+    assert read_tokenizer(text / "data") == gpt2()
+    assert {p.name for p in (text / "data").iterdir()} == {"play_train.bin", "play_val.bin", "tokenizer.json"}
+    assert told.stdout.splitlines() == [
+        f"data/play_train.bin: {len(train):,} tokens to train on",
+        f"data/play_val.bin: {len(val):,} tokens to validate on",
+    ]
+    for words in (f"{len(TEXT):,} bytes of text", "vocabulary 50,257", "Train with: tapeless train data"):
+        assert words in told.stderr
+    found = find_tokens(text / "data")
+    assert (found.name, len(found.train), len(found.val)) == ("play", 1, 1)
+    assert find_tokenizer(text / "data") == text / "data/tokenizer.json"
+
+
+def test_characters_are_those_of_training_on_the_text(text):
+    succeeds("tokenize", "play.txt", "--tokenizer", "chars", "--out", ".", "--val-fraction", 0, cwd=text)
+    tokenizer = CharTokenizer.from_text([TEXT])
+    assert read_tokenizer(text) == tokenizer
+    assert tokens(text / "play_train.bin") == Corpus.from_documents([TEXT], tokenizer, 8).stream.tolist()
+    assert not (text / "play_val.bin").exists()
+
+
+def test_lines_are_documents(tmp_path):
+    content = "emma\r\n\n  olivia \nava\n\t\nzoë\nmia"
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    options = ("--tokenizer", "chars", "--lines", "--out", "all", "--val-fraction")
+    succeeds("tokenize", "names.txt", *options, 0, cwd=tmp_path)
+    names = read_documents(tmp_path / "names.txt")
+    tokenizer = CharTokenizer.from_documents(names)
+    stream = Corpus.from_documents(names, tokenizer, 8).stream.tolist()
+    assert read_tokenizer(tmp_path / "all") == tokenizer
+    assert tokens(tmp_path / "all/names_train.bin") == stream[:-1]  # BOS before each, not after the last
+    # A line that the cut falls into is one to train on.
+    size = len(content.encode()) + 3
+    fraction = (size - (content.encode().index(b"ava") + 3 + 1)) / size
+    succeeds("tokenize", "names.txt", *options, fraction, "--overwrite", cwd=tmp_path)
+    cut = stream.index(tokenizer.bos, stream.index(tokenizer.bos, stream.index(tokenizer.bos, 1) + 1) + 1)
+    assert train_and_val(tmp_path / "all", "names") == (stream[:cut], stream[cut:-1])
+
+
+def test_several_texts_are_documents(text):
+    (text / "b.txt").write_text("To be, or not to be\n")
+    (text / "empty.txt").write_text("")
+    bpe = text / "bpe.json"
+    files = ("play.txt", "empty.txt", "b.txt")
+    succeeds("tokenize", *files, "--train-bpe", 300, "--out", "set/mine", cwd=text)
+    tokenizer = read_tokenizer(text / "set/mine")
+    assert tokenizer.vocab_size == 300
+    assert tokenizer == train_bpe([TEXT[: int(0.9 * (len(TEXT) + 20))]], 300)  # not of what is held out
+    train, val = train_and_val(text / "set/mine", "mine")
+    cut = int(0.9 * (len(TEXT) + 20))
+    assert train == [299, *tokenizer.encode(TEXT[:cut])]
+    assert val == [299, *tokenizer.encode(TEXT[cut:]), 299, *tokenizer.encode("To be, or not to be\n")]
+    (text / "set/mine/tokenizer.json").rename(bpe)
+    succeeds("tokenize", *files, "--tokenizer", bpe, "--out", "again/mine", cwd=text)
+    assert contents(text / "again/mine") == contents(text / "set/mine") | {
+        "tokenizer.json": (text / "again/mine/tokenizer.json").read_bytes()
+    }
+
+
+def test_a_text_with_few_tokens(tmp_path):
+    (tmp_path / "few.txt").write_text("ab ab\n" * 9)
+    told = succeeds("tokenize", "few.txt", "--train-bpe", 1000, "--out", ".", cwd=tmp_path).stderr
+    assert "The text has no more than 259 tokens to give." in told
+    assert read_tokenizer(tmp_path).vocab_size == 259
+
+
+def test_spelled_out_ends_are_separators(tmp_path):
+    (tmp_path / "tales.txt").write_text("Once.\n<|endoftext|>\nTwice.\n")
+    options = ("--tokenizer", gpt2_files(), "--val-fraction", 0, "--out", ".")
+    succeeds("tokenize", "tales.txt", *options, cwd=tmp_path)
+    assert tokens(tmp_path / "tales_train.bin") == [50256, 7454, 13, 198, 50256, 198, 5080, 501, 13, 198]
+
+
+def test_a_large_vocabulary_takes_uint32(tmp_path):
+    (tmp_path / "all.txt").write_text(
+        "".join(map(chr, range(32, 0xD800))) + "".join(map(chr, range(0x10000, 0x15000)))
+    )
+    succeeds("tokenize", "all.txt", "--tokenizer", "chars", "--val-fraction", 0, "--out", ".", cwd=tmp_path)
+    kind, ids = read_shard(tmp_path / "all_train.bin")
+    assert kind == "uint32"
+    assert sorted(ids) == list(range(read_tokenizer(tmp_path).vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [
+        (10_000, [10_000]),
+        (10_999, [10_999]),
+        (11_000, [10_000, 1000]),
+        (20_500, [10_000, 10_500]),
+        (21_001, [10_000, 10_000, 1001]),
+    ],
+)
+def test_shards_of_a_size(count, sizes, tmp_path):
+    letters = np.random.default_rng(0).integers(97, 123, count).astype(np.uint8).tobytes().decode()
+    (tmp_path / "x.txt").write_text(letters)
+    options = ("--tokenizer", "chars", "--shard-tokens", 10_000, "--val-fraction", 0, "--out", "data")
+    succeeds("tokenize", "x.txt", *options, cwd=tmp_path)
+    shards = sorted((tmp_path / "data").glob("*.bin"))
+    names = ["x_train.bin"] if len(sizes) == 1 else [f"x_train_{i + 1:06d}.bin" for i in range(len(sizes))]
+    assert [p.name for p in shards] == names
+    parts = [tokens(p) for p in shards]
+    assert [len(p) for p in parts] == sizes
+    assert "".join(chr(97 + t) for p in parts for t in p) == letters
+    assert find_tokens(tmp_path / "data").train == shards
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A text of several blocks."""
+    folder = tmp_path_factory.mktemp("large")
+    words = np.array([*TEXT.split(), "Zoë", "愛子", "\n", "\n\n"])
+    chosen = words[np.random.default_rng(0).integers(0, len(words), 160_000)]
+    (folder / "large.txt").write_text(" ".join(chosen), encoding="utf-8")
+    return folder
+
+
+def test_the_number_of_processes_changes_nothing(large):
+    options = ("large.txt", "--train-bpe", 400, "--shard-tokens", 100_000)
+    for processes in (1, 2, 3):
+        succeeds("tokenize", *options, "--processes", processes, "--out", f"by/{processes}", cwd=large)
+    one = contents(large / "by/1")
+    assert len(one) > 4
+    assert contents(large / "by/2") == one
+    assert contents(large / "by/3") == one
+    # And the blocks do not show in it.
+    tokenizer = read_tokenizer(large / "by/1")
+    stream = [t for path in sorted((large / "by/1").glob("*_train_*.bin")) for t in tokens(path)]
+    written = (large / "large.txt").read_bytes()
+    cut = written[: int(0.9 * len(written))].decode(errors="ignore")
+    assert stream == [tokenizer.bos, *tokenizer.encode(cut)]
+
+
+def test_a_bar_on_a_terminal(large):
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    arguments = ["tokenize", "large.txt", "--tokenizer", "chars", "--out", "bar"]
+    environ = environment(COLUMNS="120", TERM="xterm-256color")
+    with subprocess.Popen(
+        [*COMMAND, *arguments], cwd=large, env=environ, stderr=slave, stdout=subprocess.DEVNULL
+    ):
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                some = os.read(master, 65536)
+            except OSError:  # the other end is closed
+                break
+            if not some:
+                break
+            shown += some
+    os.close(master)
+    told = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"tokenizing .*\d\.\d/\d\.\d MB", told)
+
+
+# ---------------------------------------------------------------- texts in blocks
+
+
+def divided(contents, cut, lines):
+    """Every document and whether it is held out, by the definition, from the bytes of each file."""
+    for content in contents:
+        if lines:
+            for line in re.finditer(rb"[^\r\n]+", content):
+                text = line[0].decode()
+                if document := text.strip():  # it begins where its first character is complete
+                    yield line.start() + len(text[0].encode()) > cut, document
+        else:
+            inside = content[: max(0, cut)].decode(errors="ignore").encode()  # no part of a character
+            inside = inside[:-1] if inside.endswith(b"\r") and inside != content else inside
+            for side, part in ((False, inside), (True, content[len(inside) :])):
+                if part:
+                    yield side, re.sub("\r\n?", "\n", part.decode())
+        cut -= len(content)
+
+
+@given(
+    st.lists(st.text(st.sampled_from("a b\n.é愛\t\r"), max_size=60), min_size=1, max_size=3).filter(any),
+    st.sampled_from([0, 0.1, 0.5, 0.99]),
+    st.booleans(),
+)
+def test_blocks_are_the_text(tmp_path_factory, parts, held_out, lines):
+    folder = tmp_path_factory.mktemp("texts")
+    paths = [folder / f"{i}.txt" for i in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        path.write_bytes(part.encode())
+    told: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts_module, "BLOCK", 7)
+        source = Texts(paths, held_out, lines)
+        blocks = list(source.blocks(told.append))
+    size = sum(len(part.encode()) for part in parts)
+    assert sum(told) == source.size == size
+    if lines:
+        read = [(b.held_out, line.strip()) for b in blocks for line in b.text.split("\n") if line.strip()]
+    else:
+        read = []
+        for block in blocks:
+            if block.opens:
+                read.append((block.held_out, block.text))
+            else:
+                assert block.held_out == read[-1][0]
+                read[-1] = block.held_out, read[-1][1] + block.text
+    assert read == list(divided([p.encode() for p in parts], int((1 - held_out) * size), lines))
+
+
+STREAMS = """
+import resource, sys
+from pathlib import Path
+from tapeless.data.tokenize import tokenize
+
+class Silent:
+    def begin(self, what, total): ...
+    def advance(self, n): ...
+    def finish(self): ...
+
+folder, peak = Path({folder!r}), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tokenize([folder / "short.txt"], folder / "short", tokenizer="chars", progress=Silent(), processes=1)
+before = peak()
+tokenize([folder / "long.txt"], folder / "long", tokenizer="chars", progress=Silent(), processes=1)
+print(peak() - before)
+"""
+
+
+def test_a_long_text_takes_no_memory(child, tmp_path):
+    for name, times in (("short", 500), ("long", 10_000)):
+        (tmp_path / f"{name}.txt").write_text(TEXT * times)
+    assert (tmp_path / "long.txt").stat().st_size > 16e6
+    assert int(child(STREAMS.format(folder=str(tmp_path)))) < 8000  # KiB
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.txt"], ["no text file 'nowhere.txt'"]),
+        (["."], [". is a folder", "*.txt"]),
+        (["empty.txt"], ["empty.txt holds no text"]),
+        (["binary.txt"], ["binary.txt is not text", "null bytes"]),
+        (["latin.txt"], ["latin.txt is not UTF-8 text (byte 300,001)"]),
+        (["play.txt", "cut.txt"], ["cut.txt is not UTF-8 text (byte 4)"]),
+        (["/dev/null"], ["/dev/null is no regular file"]),
+        (["play.txt", "--tokenizer", "char"], ["no tokenizer 'char'", "gpt2 or chars"]),
+        (["play.txt", "--tokenizer", "play.txt"], ["play.txt is no tokenizer"]),
+        (["play.txt", "--tokenizer", "abc.json"], ["does not know the character 'F'", "abc"]),
+        (["play.txt", "--tokenizer", "chars", "--train-bpe", "300"], ["either --tokenizer or --train-bpe"]),
+        (["play.txt", "--tokenizer", ""], ["no tokenizer ''"]),
+        (["play.txt", "--train-bpe", "256"], ["train_bpe", "from 257 to"]),
+        (["play.txt", "--val-fraction", "1"], ["val_fraction", "below 1"]),
+        (["play.txt", "--val-fraction", "-0.1"], ["val_fraction", "at least 0"]),
+        (["play.txt", "--val-fraction", "0.99999"], ["no text left to train on"]),
+        (["play.txt", "--shard-tokens", "10"], ["shard_tokens", "from 1,000"]),
+        (["play.txt", "--processes", "0"], ["processes", "from 1 to"]),
+        (["play.txt", "--out", "play.txt"], ["play.txt is a file; expected a folder"]),
+        (["play.txt", "--out", "play.txt/deep"], ["play.txt is a file; expected a folder"]),
+        (["long.txt", "--lines"], ["long.txt has a line of more than 16,777,216 characters", "--lines"]),
+    ],
+)
+def test_mistakes(arguments, words, text):
+    (text / "empty.txt").write_bytes(b"")
+    (text / "binary.txt").write_bytes(b"ab\0c")
+    (text / "latin.txt").write_bytes(b"\xc3\xa9" * 150_000 + b"a\xe9b")
+    (text / "cut.txt").write_bytes(b"abc\n\xc3")
+    (text / "abc.json").write_text('{"type": "char", "chars": "abc", "bos": null, "fold": false}')
+    if "long.txt" in arguments:
+        (text / "long.txt").write_text("ab " * 6_000_000)
+    before = contents(text)
+    usual = [] if "--tokenizer" in arguments or "--train-bpe" in arguments else ["--tokenizer", "chars"]
+    usual += [] if "--out" in arguments else ["--out", "new/data"]
+    error = refused("tokenize", *arguments, *usual, cwd=text)
+    for word in words:
+        assert word in error
+    assert contents(text) == before
+    assert not (text / "new").exists()
+
+
+def test_what_is_there_is_not_replaced_by_accident(text):
+    options = ("--tokenizer", "chars", "--shard-tokens", 1000)
+    succeeds("tokenize", "play.txt", *options, "--out", "data", cwd=text)
+    before = contents(text / "data")
+    assert len(before) == 4
+    assert "--overwrite" in refused("tokenize", "play.txt", *options, "--out", "data", cwd=text)
+    (text / "other.txt").write_text("something else")
+    error = refused("tokenize", "other.txt", *options, "--out", "data", cwd=text)
+    assert "data/tokenizer.json is another tokenizer" in error
+    (text / "other.txt").write_text("".join(sorted(set(TEXT))))
+    succeeds("tokenize", "other.txt", *options, "--out", "data", "--val-fraction", 0, cwd=text)
+    assert contents(text / "data").items() >= before.items()
+    # Replaced on request, and what there were more of before is gone.
+    succeeds("tokenize", "play.txt", "--tokenizer", "chars", "--out", "data", "--overwrite", cwd=text)
+    assert {p.name for p in (text / "data").glob("play*")} == {"play_train.bin", "play_val.bin"}
+
+
+def test_a_mistake_beside_overwrite_costs_nothing(text):
+    succeeds("tokenize", "play.txt", "--tokenizer", "chars", "--out", "data", cwd=text)
+    before = contents(text / "data")
+    (text / "play.txt").write_bytes(TEXT.encode() * 50 + b"\xff")
+    refused("tokenize", "play.txt", "--train-bpe", 300, "--out", "data", "--overwrite", cwd=text)
+    assert contents(text / "data") == before
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk(processes, large):
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    before = contents(large)
+    error = refused(
+        "tokenize", "large.txt", "--tokenizer", "chars", "--processes", processes, "--out", "full",
+        cwd=large, preexec_fn=limited,
+    )  # fmt: skip
+    assert "cannot write into full: File too large" in error
+    assert contents(large) == before
+    assert not (large / "full").exists()
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A folder with a text that takes a while."""
+    folder = tmp_path_factory.mktemp("long")
+    with open(folder / "long.txt", "w") as file:
+        for _ in range(100):
+            file.write(TEXT * 300)
+    return folder
+
+
+def started(long):
+    """The command at work in two processes, and those processes."""
+    arguments = ["tokenize", "long.txt", "--tokenizer", "chars", "--processes", "2", "--out", "data"]
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], cwd=long, env=environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    shard = long / "data/.long.part/long_train_000001.bin"
+    deadline = time.monotonic() + 60
+    while not (shard.exists() and shard.stat().st_size > 200_000):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+def gone(pids):
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+
+
+@needs_proc
+def test_ctrl_c(long):
+    process, workers = started(long)
+    assert len(workers) == 2
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "Interrupted."
+    assert "Traceback" not in errors
+    assert {p.name for p in long.iterdir()} == {"long.txt"}
+    assert gone(workers)
+
+
+@needs_proc
+def test_a_process_that_dies(long):
+    process, workers = started(long)
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "error: a process that tokenizes has died" in errors
+    assert "Traceback" not in errors
+    assert {p.name for p in long.iterdir()} == {"long.txt"}
+    assert gone(workers)
+
+
+@needs_proc
+def test_a_killed_command_leaves_nothing_in_the_way(long):
+    process, workers = started(long)
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(workers)
+    assert [p.name for p in (long / "data").iterdir()] == [".long.part"]
+    (long / "short").mkdir()
+    (long / "short/long.txt").write_text(TEXT)
+    succeeds("tokenize", "short/long.txt", "--tokenizer", "chars", "--out", "data", cwd=long)
+    assert {p.name for p in (long / "data").iterdir()} == {"long_train.bin", "long_val.bin", "tokenizer.json"}

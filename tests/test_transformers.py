@@ -1,0 +1,150 @@
+"""Checkpoints against transformers: its models loaded here and converted, ours loaded there."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+import golden
+import tapeless as tl
+from commands import succeeds
+from helpers import relative
+from tapeless.convert import convert
+from tapeless.data.tokenizers import CharTokenizer
+
+torch = pytest.importorskip("torch", reason="the oracles need PyTorch")
+transformers = pytest.importorskip("transformers", reason="the oracles need transformers")
+pytestmark = pytest.mark.oracle
+
+SHAPES = {
+    "small": {"vocab_size": 211, "n_positions": 48, "n_embd": 36, "n_layer": 3, "n_head": 3},
+    "124M": {},
+}
+FIRST = 0x10000  # characters that stand for tokens, from here on
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def theirs(request):
+    torch.manual_seed(3)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPES[request.param])).eval()
+    with torch.no_grad():  # as after training: nothing is exactly one or zero, and words are told apart
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(theirs, tmp_path_factory):
+    """Their model in a folder, and what it becomes: llm.c's format, and a folder once more."""
+    here = tmp_path_factory.mktemp("saved")
+    theirs.save_pretrained(here / "hf")
+    convert(here / "hf", here / "model.bin")
+    convert(here / "model.bin", here / "back")
+    return here
+
+
+def ours(path) -> tl.GPT:
+    model = tl.load(path)
+    model.tokenizer = CharTokenizer("".join(chr(FIRST + i) for i in range(model.config.vocab)), bos=None)
+    return model
+
+
+def texts(vocab: int, B: int = 2, T: int = 24):
+    stream = np.random.default_rng(1).integers(0, vocab, B * T + 1)
+    return stream[:-1].reshape(B, T), stream[1:].reshape(B, T)
+
+
+@pytest.mark.parametrize("name", ["hf", "model.bin", "back"])
+def test_logits_gradients_and_greedy_text(name, theirs, saved):
+    model = ours(saved / name)
+    tokens, targets = texts(model.config.vocab)
+    B, T = tokens.shape
+    theirs.zero_grad()
+    logits = theirs(torch.tensor(tokens)).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets).flatten())
+    loss.backward()
+
+    starts = range(0, B * T + 1, T)
+    mine = model.logits(tokens.ravel(), starts)
+    expected = logits.detach().flatten(0, 1).numpy()
+    print(f"logits {np.abs(mine - expected).max():.1e}", end=" ")
+    np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-4)
+    assert model.loss_and_grad(tokens.ravel(), targets.ravel(), starts) == pytest.approx(
+        loss.item(), abs=1e-4
+    )
+    grads = {name.removeprefix("transformer."): p.grad.numpy() for name, p in theirs.named_parameters()}
+    figures = {}
+    for part, name_here in golden.OURS.items():
+        layers = range(model.config.n_layer) if golden.layered(part) else [None]
+        rows = [grads[part if l is None else f"h.{l}.{part}"] for l in layers]
+        figures[name_here] = relative(model.grads[name_here], np.stack(rows) if layers != [None] else rows[0])
+    print(f"gradients {max(figures.values()):.1e}")
+    assert {name: f for name, f in figures.items() if not f <= 1e-4} == {}
+
+    prompt = tokens[0, :5].tolist()
+    text = theirs.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0
+    )[0].tolist()
+    (mine,) = model.generate(prompt, n=1, temperature=0, max_tokens=20)
+    assert [ord(c) - FIRST for c in mine] == text
+    assert len(set(text)) > 5
+
+
+def test_what_comes_back_is_what_was_saved(theirs, saved):
+    back, info = transformers.GPT2LMHeadModel.from_pretrained(saved / "back", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before, after = theirs.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert back.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halves(dtype, theirs, tmp_path):
+    half = copy.deepcopy(theirs).to(getattr(torch, dtype))
+    half.save_pretrained(tmp_path / "hf")
+    wte = tl.load(tmp_path / "hf", "reference", dtype="float32").params["wte"]
+    assert np.array_equal(wte, half.transformer.wte.weight.detach().float().numpy())
+    convert(tmp_path / "hf", tmp_path / "bf16", dtype="bf16")
+    back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "bf16", dtype="auto")
+    assert back.dtype == torch.bfloat16
+    expected = half.transformer.wte.weight.detach().to(torch.bfloat16)
+    assert torch.equal(back.transformer.wte.weight.detach(), expected)
+
+
+def test_shards_and_models_without_a_head(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size=theirs.num_parameters())
+    assert (tmp_path / "shards/model.safetensors.index.json").exists()
+    theirs.transformer.save_pretrained(tmp_path / "bare")
+    for name in ("shards", "bare"):
+        model = tl.load(tmp_path / name, "reference", dtype="float32")
+        for part, name_here in golden.OURS.items():
+            if not golden.layered(part):
+                expected = theirs.transformer.get_parameter(part).detach().numpy()
+                assert np.array_equal(model.params[name_here], expected)
+        last = theirs.transformer.h[-1].mlp.c_proj.weight.detach().numpy()
+        assert np.array_equal(model.params["w2"][-1], last)
+
+
+def test_debug_states(theirs, saved):
+    """A state with PyTorch's numbers agrees with the model that was converted."""
+    V, L = theirs.config.vocab_size, theirs.config.n_layer
+    tokens, targets = texts(V)
+    theirs.zero_grad()
+    logits = theirs(torch.tensor(tokens)).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets).flatten())
+    loss.backward()
+    grads = {name.removeprefix("transformer."): p.grad.numpy() for name, p in theirs.named_parameters()}
+    with open(saved / "state.bin", "wb") as file:
+        file.write(golden.header(20240327, 2, *tokens.shape))
+        file.write(tokens.astype("<i4").tobytes() + targets.astype("<i4").tobytes())
+        file.write(golden.float32(logits.detach().numpy()) + golden.float32(np.array([loss.item()])))
+        for part in golden.SHAPES:
+            for name in [f"h.{l}.{part}" for l in range(L)] if golden.layered(part) else [part]:
+                value = grads[name]
+                file.write(golden.float32(value.T if golden.is_linear(part) else value))
+            if part == "wte.weight":
+                file.write(bytes(4 * (-V % 128) * value.shape[1]))
+    succeeds("check", "model.bin", "--state", "state.bin", cwd=saved)
