@@ -110,7 +110,8 @@ def _sets(folder: Path, name: str | None = None) -> list[Set]:
 
 def _sets_called(path: Path) -> list[Set]:
     """The data sets that FOLDER/NAME means."""
-    if path.suffix or path.exists() or not path.parent.is_dir():
+    # A word alone is none: what lies below the present folder may be anything, and a lot.
+    if path.suffix or path.parent == Path() or path.exists() or not path.parent.is_dir():
         return []
     return _sets(path.parent, path.name)
 
@@ -134,7 +135,8 @@ def _unnamed(folder: Path) -> TokenFiles:
     tokens = [p for p in files if magic_number(p) not in OTHERS]
     if not tokens:
         raise DataError(
-            f"{folder} has no token files: neither NAME_train.bin anywhere below it nor *.bin in it."
+            f"{folder} has no token files: it is a folder with neither NAME_train.bin anywhere below it nor "
+            "*.bin in it."
         )
     if len(val := [p for p in tokens if _split(p) == "val"]) == len(tokens):
         raise DataError(f"{folder} only has files to validate on: {_listed(val)}. Expected NAME_train.bin.")

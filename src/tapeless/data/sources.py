@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,8 @@ class Data(NamedTuple):
 
 def are_tokens(source: str | Path) -> bool:
     """Whether the data at `source` are token files: what is built in is a text, whatever lies here."""
-    return str(source) not in BUILT_IN and is_tokens(source)
+    path = isinstance(source, (str, os.PathLike)) and str(source)
+    return bool(path) and path not in BUILT_IN and is_tokens(source)
 
 
 def open_data(
