@@ -10,7 +10,7 @@ from tapeless.config import GPTConfig, whole
 from tapeless.data.documents import BUILT_IN
 from tapeless.data.orders import Tokens, make_order
 from tapeless.data.sources import Data, are_tokens, open_data
-from tapeless.data.tokenizers import MADE
+from tapeless.data.tokenizers import MADE, CharTokenizer
 from tapeless.engine import check_engine, check_memory
 from tapeless.errors import ConfigError, RunError
 from tapeless.init import MAX_SEED, generator
@@ -99,7 +99,7 @@ def _finetuning(
             f"{checkpoint.path} is another model: {difference}. Leave out what it settles itself."
         )
     tokenizer = checkpoint.tokenizer
-    lines = tokenizer is not None and tokenizer.to_dict().get("type") == "char" and tokenizer.bos is not None
+    lines = isinstance(tokenizer, CharTokenizer) and tokenizer.bos is not None
     defaults = dataclasses.replace(FINETUNING, order="shuffle" if lines else FINETUNING.order)
     return Preset(str(checkpoint.path), model, defaults, SAVED), training
 
@@ -199,6 +199,7 @@ def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) ->
         "preset": plan.name,
         "tokenizer": SAVED if are_tokens(plan.data) or chosen.tokenizer not in MADE else chosen.tokenizer,
         "training": dataclasses.asdict(training),
+        "pretrained": None if plan.checkpoint is None else str(plan.checkpoint.path),
         "data": _resolved(plan.data),
         "val": None if plan.val is None else _resolved(plan.val),
         "digest": data.train.digest,
