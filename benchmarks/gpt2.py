@@ -44,7 +44,7 @@ def stream() -> np.ndarray:
 
 def engine_of(hf: Any, threads: int, precision: str) -> Engine:
     """An engine with the weights of transformers' model."""
-    engine = Engine(CONFIG, "cpu", threads=threads, precision=precision)
+    engine = Engine(CONFIG.replace(precision=precision), "cpu", threads=threads)
     w = {name: value.numpy() for name, value in hf.state_dict().items()}
     p = engine.p
     p.wte[:], p.wpe[:] = w["transformer.wte.weight"], w["transformer.wpe.weight"]
@@ -161,14 +161,24 @@ def generating(threads: int) -> None:
 
     def ours(precision: str) -> Callable[[], list[int]]:
         engine = engine_of(hf, threads, precision)
-        return lambda: engine.generate(prompt, 1, TOKENS, uniforms, temperature=0)[0][0].tolist()
+
+        def run() -> list[int]:
+            rows, _ = engine.generate(prompt, 1, TOKENS, uniforms, temperature=0)
+            return rows[0].tolist()
+
+        return run
 
     def theirs(dtype: Any) -> Callable[[], list[int]]:
         model, ids = model_of().to(dtype), torch.tensor([prompt])
         model.load_state_dict(hf.state_dict())
         options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
         mask = torch.ones_like(ids)
-        return lambda: model.generate(ids, attention_mask=mask, **options)[0, len(prompt) :].tolist()
+
+        def run() -> list[int]:
+            ids_ = model.generate(ids, attention_mask=mask, **options)
+            return ids_[0, len(prompt) :].tolist()
+
+        return run
 
     contenders = {
         "tapeless": ours("float32"), "transformers": theirs(torch.float32),
@@ -229,9 +239,7 @@ def peak_memory(threads: int) -> None:
     for name, (B, T) in AT_ONCE.items():
         theirs = llmc_bytes(B, T)
         planned = sum(plan.nbytes for plan in memory(CONFIG, "float32", B * T, B, threads).values())
-        print(
-            f"training step, {name}: llm.c allocates {theirs / 1e9:.2f} GB; planned here {planned / 1e9:.2f} GB"
-        )
+        print(f"training step, {name}: llm.c {theirs / 1e9:.2f} GB; planned here {planned / 1e9:.2f} GB")
         for recompute in (False, True):
             command = [sys.executable, __file__, "--step", str(B), str(T), str(int(recompute))]
             child = subprocess.run(

@@ -150,7 +150,7 @@ def test_unknown_cases_are_refused(tmp_path):
 
 
 def test_every_op_has_its_family():
-    families = {name: profile.family(name) for name in vars(make_ops(GPTConfig(), "float32"))}
+    families = {name: profile.family(name) for name in vars(make_ops(GPTConfig()))}
     assert set(families.values()) == set(profile.FAMILIES)
     for op, family in {
         "linear_backward": "products",

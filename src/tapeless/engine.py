@@ -34,7 +34,6 @@ from tapeless.schedule import make_schedule
 from tapeless.team import by_documents, check_threads, decoding_team, parts, shares, team_size
 
 ENGINES = ("cpu", "reference")
-PRECISIONS = ("float32", "bf16")
 
 
 def check_engine(name: str, dtype: str | None) -> np.dtype:
@@ -48,16 +47,6 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
     return np.dtype(dtype or ("float32" if name == "cpu" else "float64"))
 
 
-def check_precision(name: str, precision: str) -> str:
-    """`precision`, if this engine has it: "bf16" rounds what products read to bfloat16, and adds up in
-    float32. Raises `ConfigError` if not."""
-    if precision not in PRECISIONS:
-        raise ConfigError(f"no precision is called {precision!r}.{did_you_mean(precision, PRECISIONS)}")
-    if precision != "float32" and name != "cpu":
-        raise ConfigError(f"the {name} engine has no precision {precision!r}: use engine='cpu'.")
-    return precision
-
-
 def effective(config: GPTConfig, engine: str) -> GPTConfig:
     """The config whose buffers and passes an engine really has: the compiled engine runs every attention
     in its flash form, in tiles of its own; results are the same, and less is kept and moved."""
@@ -68,28 +57,20 @@ class Engine:
     """One model's buffers, and the programs that run on them.
 
     `params` and `grads` are flat; `p` and `g` are their views. Activation buffers grow to the
-    largest batch seen. `threads` share a batch; None leaves it to `team_size`. `precision` is that of
-    what the products of linear layers and the head read; all else is float32.
-    Raises `ConfigError` for an unknown engine, one that cannot do `dtype` or `precision`, or no number of
-    threads.
+    largest batch seen. `threads` share a batch; None leaves it to `team_size`. Raises
+    `ConfigError` for an unknown engine, one that cannot do `dtype`, or no number of threads.
     """
 
     variant = ""  # of the CPU's ops: a word for the key of the programs compiled with them
 
     def __init__(
-        self,
-        config: GPTConfig,
-        name: str = "cpu",
-        dtype: str | None = None,
-        threads: int | None = None,
-        precision: str = "float32",
+        self, config: GPTConfig, name: str = "cpu", dtype: str | None = None, threads: int | None = None
     ):
         self.config = config
         self._runs = effective(config, name)
         self.name = name
         self.dtype = check_engine(name, dtype)
         self.threads = check_threads(name, threads)
-        self.precision = check_precision(name, precision)
         self.notice: Callable[[], None] = lambda: None  # called before something is compiled
         plan = parameter_plan(config, self.dtype)
         self.params, self.p = self._flat("p", plan)
@@ -182,7 +163,7 @@ class Engine:
 
                 self._programs[name] = native.Program(
                     [native.Group(a, self._tensors(a)) for a in arguments],
-                    key=f"{name} {self.variant} {self.precision} {self._runs!r}",
+                    key=f"{name} {self.variant} {self._runs!r}",
                     build=lambda: self._build(make),
                     notice=self.notice,
                 )
@@ -203,7 +184,7 @@ class Engine:
         """The CPU's ops that programs are compiled with."""
         from tapeless.ops import cpu
 
-        return cpu.make_ops(self._runs, self.precision)
+        return cpu.make_ops(self._runs)
 
     def _tensors(self, argument: str) -> tuple[Tensor, ...]:
         return {

@@ -310,8 +310,10 @@ class Job:
             each = each.replace("document", "documents").replace("window", "windows")
         times = f"{self.batches:,} × {t.batch_size:,}" if self.batches > 1 else f"{t.batch_size:,}"
         machinery = uses(engine.name, engine.dtype, engine.team(t.batch_size))
+        source = self.about["pretrained"]
+        name = self.about["preset"] if source is None else f"{Path(source).name}, pretrained"
         lines = [
-            f"{self.about['preset']}: {self.model.n_params:,} parameters · "
+            f"{name}: {self.model.n_params:,} parameters · "
             f"{Path(str(self.about['data'])).name} ({self.data.sizes()}, vocabulary {c.vocab:,}) · "
             f"{t.steps:,} steps of {times} {each} · {machinery}"
         ]

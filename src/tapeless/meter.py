@@ -20,9 +20,10 @@ class Speed(NamedTuple):
     gflops: float  # operations of the model's products and attention, as `training_flops` counts them
     share: float | None
 
-    def __str__(self) -> str:
-        share = "" if self.share is None else f" · {100 * self.share:.0f} % of peak"
-        return f"{self.tokens:,.0f} tokens/s{share}"
+    def texts(self) -> list[str]:
+        """For people: "36,400 tokens/s", "78 % of peak"."""
+        share = [] if self.share is None else [f"{100 * self.share:.0f} % of peak"]
+        return [f"{self.tokens:,.0f} tokens/s", *share]
 
 
 class Meter:

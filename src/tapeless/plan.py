@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tapeless.config import GPTConfig, whole
+from tapeless.config import COMPUTED, GPTConfig, whole
 from tapeless.data.documents import BUILT_IN
 from tapeless.data.orders import Tokens, make_order
 from tapeless.data.sources import Data, are_tokens, open_data
-from tapeless.data.tokenizers import MADE
+from tapeless.data.tokenizers import MADE, CharTokenizer
 from tapeless.engine import check_engine
 from tapeless.errors import ConfigError, RunError
 from tapeless.init import MAX_SEED, generator
@@ -26,7 +26,7 @@ from tapeless.team import check_threads
 
 # What a checkpoint's architecture may differ in from a preset's: it depends on the data, or changes no
 # result.
-FREE = ("vocab_size", "block_size", "attention", "attention_tile", "recompute", "init")
+FREE = ("vocab_size", "block_size", "attention", "attention_tile", *COMPUTED, "init")
 SAVED = "saved"  # the kind of a tokenizer that cannot be made again from the data: it is the run's own
 
 
@@ -99,8 +99,9 @@ def _finetuning(
         raise ConfigError(
             f"{checkpoint.path} is another model: {difference}. Leave out what it settles itself."
         )
+    model = model.replace(**{name: architecture[name] for name in COMPUTED if name in architecture})
     tokenizer = checkpoint.tokenizer
-    lines = tokenizer is not None and tokenizer.to_dict().get("type") == "char" and tokenizer.bos is not None
+    lines = isinstance(tokenizer, CharTokenizer) and tokenizer.bos is not None
     defaults = dataclasses.replace(FINETUNING, order="shuffle" if lines else FINETUNING.order)
     return Preset(str(checkpoint.path), model, defaults, SAVED), training
 
@@ -158,7 +159,9 @@ def resumed(
 
 def _difference(old: GPTConfig, new: GPTConfig) -> str:
     pairs = zip(old.to_dict().items(), new.to_dict().values(), strict=True)
-    return ", ".join(f"{name} {a!r} is not {b!r}" for (name, a), b in pairs if a != b and name != "recompute")
+    return ", ".join(
+        f"{name} {a!r} is not {b!r}" for (name, a), b in pairs if a != b and name not in COMPUTED
+    )
 
 
 def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) -> Job:
@@ -200,6 +203,7 @@ def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) ->
         "preset": plan.name,
         "tokenizer": SAVED if are_tokens(plan.data) or chosen.tokenizer not in MADE else chosen.tokenizer,
         "training": dataclasses.asdict(training),
+        "pretrained": None if plan.checkpoint is None else str(plan.checkpoint.path),
         "data": _resolved(plan.data),
         "val": None if plan.val is None else _resolved(plan.val),
         "digest": data.train.digest,

@@ -25,7 +25,7 @@ class Console:
         self._bar: Any = None
         self._compiled = False
         self._speed: Speed | None = None  # told since the last line
-        self._last = ""  # speed, for the bar
+        self._last: list[str] = []  # the speed, for the bar
         self._val = ""
 
     def start(self, lines: list[str]) -> None:
@@ -57,8 +57,8 @@ class Console:
         while (due := min((self._shown // tenth + 1) * tenth, self._steps)) <= self._step > self._shown:
             said, self._unsaid = np.split(self._unsaid, [due - self._shown])
             speed, self._speed = self._speed, None
-            more = "" if speed is None else f" · {speed}"
-            self._console.print(f"step {due:,}/{self._steps:,}: loss {said.mean():.4f}{more}")
+            texts = [f"loss {said.mean():.4f}", *(() if speed is None else speed.texts())]
+            self._console.print(f"step {due:,}/{self._steps:,}: {' · '.join(texts)}")
             self._shown = due
         if self._bar is not None:
             rate = (self._step - self._first) / max(self._seconds, 1e-9)
@@ -67,11 +67,20 @@ class Console:
                 completed=self._step,
                 loss=f"loss {self._recent.mean():.4f}",
                 rate=f"{rate:,.{0 if rate >= 10 else 2}f} steps/s",
-                more=" · ".join(filter(None, (self._last, self._val))),
+                more=self._more(),
             )
 
+    def _more(self) -> str:
+        """Of what there is to tell besides, as much as the terminal has room for."""
+        shown, room = [], self._console.width - 66
+        for text in (*self._last, self._val):
+            if text and len(text) <= room:
+                shown.append(text)
+                room -= len(text) + 3
+        return " · ".join(shown)
+
     def speed(self, speed: Speed) -> None:
-        self._speed, self._last = speed, str(speed)
+        self._speed, self._last = speed, speed.texts()
 
     def evaluated(self, step: int, loss: float, best: bool) -> None:
         self._val = f"val {loss:.4f}"

@@ -17,9 +17,9 @@ from tapeless.ops.cpu.native import jit
 
 
 @cache
-def make_ops(config: GPTConfig, precision: str) -> Any:
+def make_ops(config: GPTConfig) -> Any:
     """Every op that this model may need, compiled on first use."""
-    return SimpleNamespace(**_common(precision), **_attention(config.head_dim, config.block_size))
+    return SimpleNamespace(**_common(config.precision), **_attention(config.head_dim, config.block_size))
 
 
 @cache
