@@ -302,13 +302,17 @@ class Engine:
         return rows, int(out.used[0])
 
 
-def uses(engine: str, dtype: np.dtype, threads: int) -> str:
+def uses(engine: Engine, documents: int) -> str:
     """What runs where, for people: "cpu engine (AVX-512, 2 threads, float32)"."""
-    if engine == "reference":
-        return f"reference engine (NumPy, {dtype})"
+    if engine.name == "reference":
+        return f"reference engine (NumPy, {engine.dtype})"
     from tapeless.ops.cpu import native
 
-    return f"cpu engine ({native.simd()}, {threads} thread{'s' if threads > 1 else ''}, {dtype})"
+    threads = engine.team(documents)
+    products = ""
+    if engine.config.precision == "bf16":
+        products = f", products in bfloat16 {native.bfloat16()}"
+    return f"cpu engine ({native.simd()}, {threads} thread{'s' if threads > 1 else ''}, float32{products})"
 
 
 def _shares(batch: Any, threads: int) -> list[Any]:

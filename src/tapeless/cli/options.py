@@ -37,6 +37,9 @@ Recompute = Annotated[
         show_default=False,
     ),
 ]
+Precision = Annotated[
+    str | None, option("What products read: float32, or bf16, rounded to bfloat16.", "NAME", "the model's")
+]
 EngineName = Annotated[str | None, option("cpu (compiled) or reference (NumPy).", "NAME", "cpu")]
 
 
