@@ -42,7 +42,9 @@ def check_flash_attention(ops, dtype, case, heads, tile, scratch, tolerance):
     flash, lse, dflash = (g[:-64].reshape(n, width) for g, width in zip(guarded, widths, strict=True))
     if ops is not REFERENCE:
         count, arrivals = len(docs), np.zeros((1, 8), np.int64)
-        docs = Documents(starts, 0, count, count, False, Rows(0, n, n, 0, 1, arrivals))
+        docs = Documents(
+            starts, 0, count, count, False, Rows(0, n, n, 0, 1, arrivals, np.zeros((1, 0), "f4"))
+        )
     ops["forward"](flash, lse, scratch[0], qkv, docs, tile)
     ops["backward"](dflash, scratch[1], dout, flash, lse, qkv, docs, tile)
     np.testing.assert_allclose(flash, full, rtol=tolerance, atol=tolerance)

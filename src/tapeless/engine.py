@@ -27,9 +27,11 @@ from tapeless.layout import (
     decoding,
     parameter_plan,
     parameters,
+    stored_parameters,
+    streamed_width,
     view_class,
 )
-from tapeless.programs import DATA, FLAT, OPTIMISER, PROGRAMS, RESULT, SAMPLES
+from tapeless.programs import DATA, FLAT, OPTIMISER, PROGRAMS, RESULT, SAMPLES, WEIGHTS
 from tapeless.schedule import make_schedule
 from tapeless.team import by_documents, check_threads, decoding_team, parts, shares, team_size
 
@@ -95,7 +97,7 @@ class Engine:
         n, d, w = (max(pair) for pair in zip(self._capacity, wanted, strict=True))
         if (n, d, w) == self._capacity:
             return
-        sizes = {"N": n, "D": d, "W": w}
+        sizes = {"N": n, "D": d, "W": w, "X": 0}
         self.a = self._views("a", activations(self._runs), sizes)
         self.d = self._views("d", activation_grads(self._runs), sizes)
         self.batch = self._views("batch", BATCH, sizes)
@@ -138,13 +140,25 @@ class Engine:
         """The groups `c` and `batch` of each thread. The first has the only row; of what is large, all
         have a part."""
         threads = decoding_team(self.config, self.threads) if self.name == "cpu" else 1
-        sizes = {"N": 1, "D": 1, "W": threads}
+        sizes = {"N": 1, "D": 1, "W": threads, "X": streamed_width(self.config)}
         c, batch = self._views("c", decoding(self._runs), sizes), self._views("batch", BATCH, sizes)
         batch.sizes[:] = 1
         batches = _shares(batch, threads)
         for part in batches:
             part.share[:3] = part.share[ME] > 0, 1, 1
         return [(c, part) for part in batches]
+
+    @cached_property
+    def _stored(self) -> tuple[np.ndarray, Any]:
+        """A copy of all parameters in bfloat16, and the parameters as `stored_parameters` has them: its
+        matrices, and the others of the model itself."""
+        copy = aligned_zeros(2 * self.params.size).view(np.uint16)
+        views: list[np.ndarray] = []
+        end = 0
+        for tensor, view in zip(stored_parameters(self.config), self.p, strict=True):
+            first, end = end, end + view.size
+            views.append(copy[first:end].reshape(view.shape) if tensor.dtype == "uint16" else view)
+        return copy, view_class("stored", stored_parameters(self.config))(*views)
 
     # ------------------------------------------------------------ programs
 
@@ -164,15 +178,17 @@ class Engine:
                 self._programs[name] = native.Program(
                     [native.Group(a, self._tensors(a)) for a in arguments],
                     key=f"{name} {self.variant} {self._runs!r}",
-                    build=lambda: self._build(make),
+                    build=lambda: self._build(name, make),
                     notice=self.notice,
                 )
         return self._programs[name]
 
-    def _build(self, make: Callable) -> Callable:
+    def _build(self, name: str, make: Callable) -> Callable:
         from tapeless.ops import cpu
 
         ops = self.make_ops()
+        if name == "generate_stored":
+            ops.embed_forward = ops.embed_stored_forward
 
         def inline(function: Callable) -> Any:
             return cpu.jit(function, inline="always")
@@ -199,6 +215,8 @@ class Engine:
             "opt": OPTIMISER,
             "data": DATA,
             "out": SAMPLES,
+            "stored": stored_parameters(self.config),
+            "weights": WEIGHTS,
         }[argument]
 
     # ------------------------------------------------------------ running
@@ -297,7 +315,13 @@ class Engine:
         )
         out.tokens[:, :length] = prompt
         self._decoding[0][1].arrivals[:] = 0
-        self._run("generate", [(self.p, c, batch, out) for c, batch in self._decoding])
+        threads, name, p = len(self._decoding), "generate", self.p
+        if self.name == "cpu" and self.config.precision == "bf16" and streamed_width(self.config):
+            name, p = "generate_stored", self._stored[1]
+            pieces = [slice(*ends) for ends in parts(self.params.size, threads)]
+            weights = view_class("weights", WEIGHTS)
+            self._run("round", [(weights(self.params[i], self._stored[0][i]),) for i in pieces])
+        self._run(name, [(p, c, batch, out) for c, batch in self._decoding])
         rows = [row[length:end] for row, end in zip(out.tokens, out.lengths, strict=True)]
         return rows, int(out.used[0])
 

@@ -18,7 +18,8 @@ import numpy as np
 from tapeless.config import GPTConfig
 
 SINKHORN_ITERATIONS = 20  # as in Xie et al. 2025, arXiv:2512.24880
-N, D, W = "N", "D", "W"  # symbolic sizes: tokens and documents of a batch, threads (workers)
+# Symbolic sizes: tokens and documents of a batch, threads (workers), and numbers of a row in `partial`.
+N, D, W, X = "N", "D", "W", "X"
 ALIGN = 64  # bytes: a cache line, and the widest vector
 
 
@@ -186,6 +187,17 @@ def decoding(config: GPTConfig) -> tuple[Tensor, ...]:
     return tuple(cache_ if t.name == "probs" else t.one_row() for t in activations(c))
 
 
+# Numbers of a matrix from which reading it is what takes the time of a product with one row.
+LARGE = 1 << 16
+
+
+def streamed_width(config: GPTConfig) -> int:
+    """The widest row that a generating model streams its weights into, or 0 if it is small, or its rows
+    are no whole vectors."""
+    C, F = config.n_embd, config.n_hidden
+    return max(3 * C, F) if C * C >= LARGE and C % 16 == F % 16 == 0 else 0
+
+
 BATCH = (
     Tensor("tokens", (N,), "int32"),
     Tensor("targets", (N,), "int32"),
@@ -198,6 +210,7 @@ BATCH = (
     # Of each thread, a cache line apart, so that nobody waits for a line that another one writes:
     Tensor("arrivals", (W, 8), "int64"),  # how often it has come to a place where all meet
     Tensor("squares", (W, 8), "float64"),  # the squared norm of its part of the gradient
+    Tensor("partial", (W, X)),  # its part of a sum, where a row is read from memory by all: see streams.py
 )
 ME = 3  # where in `share` a thread finds its own number; the number of threads stands after it
 
@@ -293,6 +306,16 @@ def param_views(config: GPTConfig, group: Any) -> dict[str, np.ndarray]:
 DECAYED = ("wte", "wpe", "wqkv", "wo", "w1", "w2", "head")
 
 
+def stored_parameters(config: GPTConfig) -> tuple[Tensor, ...]:
+    """The parameters as a model reads them that generates in bfloat16: matrices as the upper halves of
+    float32s, and the rest as they are."""
+    kept = ("wpe",) if config.tied else ("wpe", "wte")
+    return tuple(
+        t._replace(dtype="uint16") if t.name in DECAYED and t.name not in kept else t
+        for t in parameters(config)
+    )
+
+
 def decay_segments(config: GPTConfig) -> np.ndarray:
     """The flat buffer as runs (first, end, 1 where weights decay) [R, 3]: matrices and embeddings
     decay; gains, biases and hyper-connection scalars do not."""
@@ -321,7 +344,7 @@ def cut_segments(segments: np.ndarray, first: int, end: int) -> np.ndarray:
 def memory(config: GPTConfig, dtype: Any, tokens: int, documents: int, threads: int) -> dict[str, Plan]:
     """What training on batches of up to `tokens` in `documents` allocates: a plan for each buffer, exact
     to the byte, before anything is allocated."""
-    sizes = {N: tokens, D: documents, W: threads}
+    sizes = {N: tokens, D: documents, W: threads, X: 0}
     flat = parameter_plan(config, dtype)
     return {
         "parameters": flat,

@@ -19,6 +19,7 @@ from tapeless.schedule import Schedule
 # The other groups of views that programs take. Symbols: Q a thread's part of the parameters, M stream,
 # K steps, A batches a step, B documents a batch (or tokens a sample), U uniforms, W threads (workers).
 FLAT = (Tensor("grads", ("Q",)),)  # this thread's part of the gradients
+WEIGHTS = (Tensor("params", ("Q",)), Tensor("rounded", ("Q",), "uint16"))  # this thread's part, in bfloat16
 RESULT = (Tensor("loss", ("W",), "float64"),)  # of each thread's share
 OPTIMISER = (
     Tensor("params", ("Q",)),
@@ -148,6 +149,16 @@ def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
     return generate
 
 
+def _make_round(schedule: Schedule, ops: Any, block_size: int) -> Callable:
+    round_weights = ops.round_weights
+
+    def round_(groups):
+        (weights,) = groups
+        round_weights(weights.rounded, weights.params)
+
+    return round_
+
+
 _TRAINING = ("p", "g", "a", "d", "batch", "flat", "opt", "data")
 PROGRAMS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "evaluate": (_make_evaluate, ("p", "a", "batch", "result")),
@@ -155,4 +166,7 @@ PROGRAMS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "adamw": (partial(_make_train, adaptive=True), _TRAINING),
     "sgd": (partial(_make_train, adaptive=False), _TRAINING),
     "generate": (_make_generate, ("p", "c", "batch", "out")),
+    # The same with weights in bfloat16, which are rounded first.
+    "round": (_make_round, ("weights",)),
+    "generate_stored": (_make_generate, ("stored", "c", "batch", "out")),
 }

@@ -2,12 +2,20 @@
 
 from tapeless.ops.cpu.share import meet, part
 from tapeless.ops.cpu.simd import LANES, load, store
+from tapeless.ops.cpu.streams import load_stored
 
 
 def embed_forward(x, wte, wpe, tokens, positions, rows):
     for t in range(rows.begin, rows.end):
         for c in range(0, x.shape[1], LANES):
             store(load(wte, tokens[t], c) + load(wpe, positions[t], c), x, t, c)
+
+
+def embed_stored_forward(x, wte, wpe, tokens, positions, rows):
+    """With wte in bfloat16, if the head reads it so as well."""
+    for t in range(rows.begin, rows.end):
+        for c in range(0, x.shape[1], LANES):
+            store(load_stored(wte, tokens[t], c) + load(wpe, positions[t], c), x, t, c)
 
 
 def embed_backward(dwte, dwpe, dx, tokens, positions, rows):

@@ -20,6 +20,7 @@ def make_ops(precision: str) -> dict[str, Callable]:
     """The ops by name, to be compiled, whose products read numbers of this precision."""
     from tapeless.ops.cpu.share import meet, part
     from tapeless.ops.cpu.simd import LANES, load, matrix, store
+    from tapeless.ops.cpu.streams import row_product, row_product_turned
 
     product = make_product()
 
@@ -81,8 +82,15 @@ def make_ops(precision: str) -> dict[str, Callable]:
     def few(rows):
         return rows.threads > 1 and rows.n <= SHARED
 
+    @jit
+    def streamed(rows, w):
+        """Whether this is one row times a matrix that is read from memory each time."""
+        return rows.n == 1 and rows.partial.shape[1] >= w.shape[1]
+
     def linear_forward(y, x, w, b, rows):
-        if few(rows):
+        if streamed(rows, w):
+            row_product(y, x, w, b, rows)
+        elif few(rows):
             meet(rows)
             multiply(y, x, w, b, (0, rows.n), part(rows, w.shape[1]))
             meet(rows)
@@ -101,7 +109,9 @@ def make_ops(precision: str) -> dict[str, Callable]:
         meet(rows)
 
     def tied_head_forward(logits, x, wte, rows):
-        if few(rows):
+        if streamed(rows, wte):
+            row_product_turned(logits, x, wte, rows)
+        elif few(rows):
             meet(rows)
             multiply_turned(logits, x, wte, (0, rows.n), part(rows, wte.shape[0]))
             meet(rows)

@@ -12,6 +12,16 @@ def global_norm(grads):
     return np.sqrt(total)
 
 
+def round_weights(rounded, params):
+    """bfloat16, the upper half of a float32: the nearest, of two as near the even one; NaN stays NaN."""
+    bits = params.view(np.uint32)
+    for i in range(params.shape[0]):
+        word = bits[i]
+        nearest = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        quiet = (word >> np.uint32(16)) | np.uint32(0x40)
+        rounded[i] = np.uint16(nearest if (word & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else quiet)
+
+
 def sgd(params, grads, m, lr, momentum, scale):
     rate, keep, factor = _f32(lr), _f32(momentum), _f32(scale)
     for i in range(params.shape[0]):

@@ -30,6 +30,7 @@ class Rows(NamedTuple):
     me: Any  # which thread this is,
     threads: Any  # of how many
     arrivals: Any  # [W, 8]: how often each has come to a place where all meet
+    partial: Any  # [W, X]: each thread's part of sums of one row
 
 
 class Documents(NamedTuple):
@@ -46,7 +47,7 @@ class Documents(NamedTuple):
 
 def rows(batch):
     s = batch.share
-    return Rows(s[0], s[1], s[2], s[3], s[4], batch.arrivals)
+    return Rows(s[0], s[1], s[2], s[3], s[4], batch.arrivals, batch.partial)
 
 
 def documents(batch):

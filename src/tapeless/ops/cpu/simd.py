@@ -233,7 +233,7 @@ def store(typing_context, value, array, *index):
 def matrix(typing_context, array, offset, rows, columns, stride):
     """The 2-D view of `rows` rows of `columns` numbers, `stride` apart, whose first is number `offset` of
     the array's data. Nothing is checked."""
-    kind = types.Array(types.float32, 2, "A")
+    kind, size = types.Array(array.dtype, 2, "A"), array.dtype.bitwidth // 8
 
     def codegen(context, builder, sig, args):
         data = arrayobj.make_array(sig.args[0])(context, builder, args[0]).data
@@ -242,8 +242,8 @@ def matrix(typing_context, array, offset, rows, columns, stride):
             view,
             data=builder.gep(data, [args[1]]),
             shape=[args[2], args[3]],
-            strides=[builder.mul(args[4], constant(4)), constant(4)],
-            itemsize=constant(4),
+            strides=[builder.mul(args[4], constant(size)), constant(size)],
+            itemsize=constant(size),
             meminfo=None,
         )
         return view._getvalue()
