@@ -26,7 +26,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_pass(preset, engine):
     for length, new in ((1, 1), (3, T - 3), (T, 1), (T - 2, 6), (T + 5, 4), (1, 2 * T)):
         prompt = rng.integers(0, config.vocab, length).tolist()
         (row,), _ = model.engine.generate(prompt, 1, new, rng.random(new), temperature=1.0)
-        decoded = model.engine._decoding[0].logits[0].copy()
+        decoded = model.engine._decoding[0][0].logits[0].copy()
         context = [*prompt, *row[:-1].tolist()][-T:]
         np.testing.assert_allclose(decoded, model.logits(context)[-1], rtol=0, atol=1e-5)
 

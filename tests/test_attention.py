@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numba
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tapeless.config import GPTConfig
 from tapeless.layout import attention_scratch
 from tapeless.ops import reference
 from tapeless.ops.cpu import attention, native
+from tapeless.ops.cpu.share import Documents, Rows
 from tapeless.ops.cpu.simd import LANES
 
 
@@ -19,26 +22,29 @@ def attention_case(lengths, heads, head_dim, seed):
     rng = np.random.default_rng(seed)
     n, C = sum(lengths), heads * head_dim
     starts = np.cumsum([0, *lengths]).astype(np.int32)
-    sizes = np.array([n, len(lengths)], np.int32)
-    return rng.normal(0, 1, (n, 3 * C)), rng.normal(0, 1, (n, C)), starts, sizes
+    return rng.normal(0, 1, (n, 3 * C)), rng.normal(0, 1, (n, C)), starts
 
 
 def check_flash_attention(ops, dtype, case, heads, tile, scratch, tolerance):
     """`ops`' flash attention in `dtype` against the reference's full attention in float64."""
-    qkv, dout, starts, sizes = case
+    qkv, dout, starts = case
+    docs = list(pairwise(starts))
     n, C = dout.shape
     full, dfull = np.zeros((n, C)), np.zeros((n, 3 * C))
     probs = np.zeros((n, heads, int(np.diff(starts).max())))
-    reference.attention_forward(full, probs, qkv, starts, sizes)
-    reference.attention_backward(dfull, dout, probs, qkv, starts, sizes)
+    reference.attention_forward(full, probs, qkv, docs)
+    reference.attention_backward(dfull, dout, probs, qkv, docs)
 
     qkv, dout = qkv.astype(dtype), dout.astype(dtype)
     # What lies behind a result must be left alone.
     widths = C, heads, 3 * C
     guarded = [np.full(n * width + 64, np.nan, dtype) for width in widths]
     flash, lse, dflash = (g[:-64].reshape(n, width) for g, width in zip(guarded, widths, strict=True))
-    ops["forward"](flash, lse, scratch[0], qkv, starts, sizes, tile)
-    ops["backward"](dflash, scratch[1], dout, flash, lse, qkv, starts, sizes, tile)
+    if ops is not REFERENCE:
+        count, arrivals = len(docs), np.zeros((1, 8), np.int64)
+        docs = Documents(starts, 0, count, count, False, Rows(0, n, n, 0, 1, arrivals))
+    ops["forward"](flash, lse, scratch[0], qkv, docs, tile)
+    ops["backward"](dflash, scratch[1], dout, flash, lse, qkv, docs, tile)
     np.testing.assert_allclose(flash, full, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(dflash, dfull, rtol=tolerance, atol=tolerance)
     assert all(np.isnan(g[-64:]).all() for g in guarded)
@@ -90,7 +96,7 @@ def test_compiled_attention_equals_full_attention(head_dim, block_size):
     def check(lengths, heads, seed):
         config = GPTConfig(block_size=block_size, n_head=heads, n_embd=heads * head_dim)
         # What earlier batches left in the scratch must not matter.
-        scratch = [np.full(size, np.nan, "f4") for size in attention_scratch(config)]
+        scratch = [np.full((1, size), np.nan, "f4") for size in attention_scratch(config)]
         case = attention_case(lengths, heads, head_dim, seed)
         check_flash_attention(ops, "float32", case, heads, 32, scratch, 3e-5)
 

@@ -222,7 +222,7 @@ def test_two_processes_train_alike(child):
 def last_logits(engine, prompt):
     """Logits after the prompt, by decoding it token by token from cached keys and values."""
     engine.generate(prompt, 1, 1, np.array([0.5]))
-    return engine._decoding[0].logits[0]
+    return engine._decoding[0][0].logits[0]
 
 
 @pytest.mark.parametrize("name", ["microgpt", "no-norm", "layer-bias"])

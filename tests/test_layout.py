@@ -68,7 +68,7 @@ def test_parameters_have_the_sizes_of_the_formulas(config):
     assert parameter_plan(config).size == n_params(config)
 
 
-sizes = st.fixed_dictionaries({"N": st.integers(1, 20), "D": st.integers(1, 5)})
+sizes = st.fixed_dictionaries({"N": st.integers(1, 20), "D": st.integers(1, 5), "W": st.integers(1, 3)})
 dtypes = st.sampled_from([np.float32, np.float64])
 
 
@@ -138,4 +138,4 @@ def test_decoding_keeps_keys_and_values_instead_of_probabilities():
     assert "probs" not in names
     (cache,) = (t for t in decoding(config) if t.name == "cache")
     assert cache.shape == (1, 16, 2, 4, 4)
-    assert all(t.resolve({}) for t in decoding(config))  # nothing depends on the batch
+    assert all(t.resolve({"W": 1}) for t in decoding(config))  # nothing depends on the batch

@@ -20,7 +20,7 @@ from helpers import PRESETS, lengths_of, random_batch, random_model
 from tapeless import team
 from tapeless.config import GPTConfig
 from tapeless.errors import ConfigError, RunError
-from tapeless.layout import PER_THREAD, cut_segments, decay_segments, memory, nbytes
+from tapeless.layout import cut_segments, decay_segments, memory
 
 MICROGPT = PRESETS["microgpt"]
 # Sizes that no number of threads divides, tensors that decay and others that do not. (No biases: that of
@@ -40,6 +40,9 @@ ODD = GPTConfig(
     attention="flash",
     tied=True,
 )
+
+
+MHC = PRESETS["flashmicrogpt"]
 
 
 def engine_of(threads, config=ODD, **constants):
@@ -71,11 +74,12 @@ def test_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(team, "processors", lambda: 4)
     large = tl.presets["shakespeare-char"].model.replace(vocab_size=65)
     assert team.team_size(large, 12, None) == 4
-    assert team.team_size(large, 3, None) == 3  # a document each at least
+    assert team.team_size(large, 3, None) == 4
     assert team.team_size(MICROGPT, 16, None) == 1  # not worth it
     assert team.team_size(MICROGPT, 16, 3) == 3  # unless asked for
-    assert team.team_size(MICROGPT, 2, 3) == 2
     assert team.team_size(MICROGPT, 0, None) == 1
+    assert [team.decoding_team(c, None) for c in (MICROGPT, tl.presets["gpt2"].model)] == [1, 4]
+    assert team.decoding_team(MICROGPT, 3) == 3
 
 
 @pytest.mark.parametrize("name", ["NUMBA_NUM_THREADS", "OMP_NUM_THREADS"])
@@ -149,12 +153,14 @@ def test_training_agrees_with_one_thread_and_the_reference(optimiser, clip, thre
         assert relative(engines[0].grads, other.grads) <= 1e-3  # of the last step, at weights 1e-4 apart
 
 
-@settings(max_examples=60)
-@given(lengths_of(ODD, 9), st.integers(1, 12), st.integers(0, 9999), st.booleans())
-def test_gradients_and_logits_agree_with_the_reference(lengths, threads, seed, weighted):
-    batch = random_batch(ODD, lengths, seed, weighted)
-    engine = engines_by_threads(threads)
-    exact = engines_by_threads(0)
+@pytest.mark.parametrize("config", [ODD, MICROGPT, MHC], ids=["odd", "microgpt", "mhc"])
+@settings(max_examples=40)
+@given(st.data(), st.integers(1, 12), st.integers(0, 9999), st.booleans())
+def test_gradients_and_logits_agree_with_the_reference(config, data, threads, seed, weighted):
+    """For documents of which each thread gets some, and for few, of which each gets a part."""
+    batch = random_batch(config, data.draw(lengths_of(config, 9)), seed, weighted)
+    engine = engines_by_threads(config, threads)
+    exact = engines_by_threads(config, 0)
     assert abs(engine.loss_and_grad(*batch) - exact.loss_and_grad(*batch)) <= 1e-5
     assert abs(engine.loss(*batch) - exact.loss(*batch)) <= 1e-5
     noise = 5e-7 * np.linalg.norm(exact.engine.grads)
@@ -165,21 +171,21 @@ def test_gradients_and_logits_agree_with_the_reference(lengths, threads, seed, w
     np.testing.assert_allclose(logits, exact.logits(batch.tokens, batch.starts), rtol=0, atol=1e-4)
 
 
-_models: dict[int, tl.GPT] = {}
+_models: dict[tuple[GPTConfig, int], tl.GPT] = {}
 
 
-def engines_by_threads(threads):
+def engines_by_threads(config, threads):
     """One model for each number of threads (0 is the reference), all with the same weights: buffers
     keep what an earlier, larger batch left in them, which must not count."""
-    if threads not in _models:
-        model = tl.GPT(ODD, None, "cpu" if threads else "reference", threads=threads or None)
-        model.engine.params[:] = random_model(ODD, "reference").engine.params
-        _models[threads] = model
-    return _models[threads]
+    if (config, threads) not in _models:
+        model = tl.GPT(config, None, "cpu" if threads else "reference", threads=threads or None)
+        model.engine.params[:] = random_model(config, "reference").engine.params
+        _models[config, threads] = model
+    return _models[config, threads]
 
 
 def test_gradients_stay_the_views_they_were():
-    """Batches that need more threads than those before them leave `model.grads` where it is."""
+    """Batches that are larger than those before them leave `model.grads` where it is."""
     model = tl.GPT(ODD, 0, threads=4)
     grads = model.grads["wqkv"]
     model.loss_and_grad(*random_batch(ODD, [5], 0))
@@ -191,14 +197,36 @@ def test_gradients_stay_the_views_they_were():
     assert np.array_equal(grads, first)
 
 
-def test_teams_of_changing_size():
-    """The number of documents may change from call to call, and with it the number of threads."""
+def test_batches_of_changing_size():
+    """The number of documents may change from call to call, and with it how threads share them."""
     engine, exact = engine_of(4), engine_of(0)
     for documents in (1, 6, 2, 1, 3):
         data = training_data(ODD, 5, documents, seed=documents)
         np.testing.assert_allclose(engine.train(*data), exact.train(*data), rtol=0, atol=1e-4)
     assert relative(engine.params, exact.params) <= 1e-4
     assert np.allclose(engine.optimiser.powers, exact.optimiser.powers, rtol=1e-12)
+
+
+def test_steps_of_several_batches():
+    """The gradient of a step is that of all its batches together, by tokens."""
+    stream, spans, lrs = training_data(ODD, 12, documents=6)
+    for threads in (0, 1, 3):
+        whole, parted = engine_of(threads, grad_clip=0.5), engine_of(threads, grad_clip=0.5)
+        losses = whole.train(stream, spans, lrs)
+        np.testing.assert_allclose(parted.train(stream, spans.reshape(12, 3, 2, 2), lrs), losses, rtol=1e-5)
+        assert relative(parted.params, whole.params) <= 1e-4
+
+
+@pytest.mark.parametrize("config", [ODD, MICROGPT, MHC], ids=["odd", "microgpt", "mhc"])
+def test_threads_generate_the_same_together(config):
+    texts = []
+    for threads in (1, 2, 5):
+        engine = tl.GPT(config, None, threads=threads).engine
+        engine.params[:] = random_model(config, "reference").engine.params
+        uniforms = np.random.default_rng(0).random(400)
+        rows, used = engine.generate([1, 2], 10, 40, uniforms, stop=0, top_k=7)
+        texts.append(([row.tolist() for row in rows], used))
+    assert texts[0] == texts[1] == texts[2]
 
 
 # ---------------------------------------------------------------- bit for bit
@@ -322,21 +350,13 @@ def test_the_command_refuses_what_is_no_number(tmp_path):
 def test_the_budget_is_what_is_allocated(threads):
     engine = tl.GPT(ODD, threads=threads).engine
     engine.train(*training_data(ODD, 1, documents=8))
-    documents = -(-8 // threads)
-    engine.reserve(documents * ODD.block_size, documents, threads)
-    plans = memory(ODD, "float32", documents * ODD.block_size, documents)
-    names = {"activations": "a", "activation gradients": "d", "batch": "batch"}
-    used = {name: [] for name in PER_THREAD}
-    assert len(engine._own) == threads
-    for own in engine._own:
-        used["gradients"].append(own.flat.grads.nbytes)
-        for name, group in names.items():
-            used[name].append(sum(view.nbytes for view in getattr(own, group)))
-    for name, each in used.items():
-        assert each == [sum(plans[name].sizes().values())] * threads
-    shared = sum(plan.nbytes for name, plan in plans.items() if name not in PER_THREAD)
-    assert shared == 3 * engine.params.nbytes
-    assert nbytes(plans, threads) == shared + threads * sum(plans[name].nbytes for name in PER_THREAD)
+    engine.reserve(8 * ODD.block_size, 8, threads)
+    plans = memory(ODD, "float32", 8 * ODD.block_size, 8, threads)
+    groups = {"activations": engine.a, "activation gradients": engine.d, "batch": engine.batch}
+    for name, group in groups.items():
+        assert sum(view.nbytes for view in group) == sum(plans.pop(name).sizes().values())
+    assert {plan.nbytes for plan in plans.values()} == {engine.params.nbytes}
+    assert len(plans) == len((engine.params, engine.grads, engine.optimiser.m, engine.optimiser.v))
 
 
 # ---------------------------------------------------------------- starting and ending

@@ -15,7 +15,10 @@ CHOICES = {
     "attention": ("full", "flash"),
     "residual": ("add", "mhc"),
     "init": ("microgpt", "esp32gpt", "gpt2", "width"),
+    "precision": ("float32", "bf16"),
 }
+# How a model is computed, not what it is: these may change from one run of it to the next.
+COMPUTED = ("recompute", "precision")
 # One tensor index must fit 32 bits on the smallest chip we export to, and no real model comes near.
 MAX_SIZE = 2**24
 MAX_STREAMS = 16
@@ -67,6 +70,10 @@ class GPTConfig:
     # "full" keeps the probabilities, "flash" only their log-sum-exp, as compiled code always does.
     attention: str = "full"
     attention_tile: int = 32  # queries and keys in a tile of "flash" on the reference engine
+    recompute: bool = False  # keep only the input of each layer; the backward pass makes the rest again
+    # What the compiled engine's products of linear layers and the head read: "float32", or "bf16", rounded
+    # to bfloat16. Sums, and all else, are float32.
+    precision: str = "float32"
     residual: str = "add"  # "add" | "mhc" (hyper-connections)
     n_streams: int = 0  # S: residual streams; 0 means 2 with "mhc", 1 with "add"
     init: str = "microgpt"  # how weights start; see tapeless.init

@@ -6,7 +6,6 @@ it on several threads at once (a team), each with its share of the documents.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -26,14 +25,12 @@ from tapeless.layout import (
     cut_segments,
     decay_segments,
     decoding,
-    memory,
-    n_params,
     parameter_plan,
     parameters,
     view_class,
 )
 from tapeless.programs import DATA, FLAT, OPTIMISER, PROGRAMS, RESULT, SAMPLES
-from tapeless.schedule import Schedule, make_schedule
+from tapeless.schedule import make_schedule
 from tapeless.team import by_documents, check_threads, decoding_team, parts, shares, team_size
 
 ENGINES = ("cpu", "reference")
@@ -56,47 +53,12 @@ def effective(config: GPTConfig, engine: str) -> GPTConfig:
     return config.replace(attention="flash", attention_tile=1) if engine == "cpu" else config
 
 
-def training_memory(
-    config: GPTConfig, engine: str, dtype: Any, batch_size: int, threads: int | None
-) -> tuple[dict[str, Plan], int]:
-    """What training with this batch size allocates, by buffer, and how many threads share a step. Raises
-    `ConfigError` for no number of threads."""
-    check_threads(engine, threads)
-    team = 1 if engine == "reference" else team_size(config, batch_size, threads)
-    return memory(effective(config, engine), dtype, batch_size * config.block_size, batch_size, team), team
-
-
-def check_memory(
-    config: GPTConfig, engine: str, dtype: str | None, batch_size: int, threads: int | None = None
-) -> None:
-    """Raise `ConfigError` if training with this batch size, or with 0 just holding a model and its
-    gradients, needs more memory than the machine has."""
-    plans, _ = training_memory(config, engine, check_engine(engine, dtype), batch_size, threads)
-    if batch_size == 0:
-        plans = {name: plans[name] for name in ("parameters", "gradients")}
-    needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
-    if needed > total:
-        raise ConfigError(
-            f"this needs {needed / 1e9:,.1f} GB of memory ({n_params(config):,} parameters, batches of up to "
-            f"{batch_size * config.block_size:,} tokens) but the machine has {total / 1e9:,.1f} GB: "
-            "choose smaller sizes."
-        )
-
-
-def machine_memory() -> float:
-    """Bytes of physical memory, or infinity where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
-
-
 class Engine:
     """One model's buffers, and the programs that run on them.
 
     `params` and `grads` are flat; `p` and `g` are their views. Activation buffers grow to the
-    largest batch seen. `threads` share a batch's documents; None leaves it to `team_size`.
-    Raises `ConfigError` for an unknown engine, one that cannot do `dtype`, or no number of threads.
+    largest batch seen. `threads` share a batch; None leaves it to `team_size`. Raises
+    `ConfigError` for an unknown engine, one that cannot do `dtype`, or no number of threads.
     """
 
     variant = ""  # of the CPU's ops: a word for the key of the programs compiled with them
@@ -211,8 +173,12 @@ class Engine:
         from tapeless.ops import cpu
 
         ops = self.make_ops()
-        schedule = Schedule(*(cpu.jit(f, inline="always") for f in make_schedule(self._runs, ops)))
-        return cpu.jit(make(schedule, ops, self.config.block_size), inline="always")
+
+        def inline(function: Callable) -> Any:
+            return cpu.jit(function, inline="always")
+
+        schedule = make_schedule(self._runs, ops, inline)
+        return inline(make(schedule, ops, self.config.block_size))
 
     def make_ops(self) -> Any:
         """The CPU's ops that programs are compiled with."""
@@ -336,13 +302,17 @@ class Engine:
         return rows, int(out.used[0])
 
 
-def uses(engine: str, dtype: np.dtype, threads: int) -> str:
+def uses(engine: Engine, documents: int) -> str:
     """What runs where, for people: "cpu engine (AVX-512, 2 threads, float32)"."""
-    if engine == "reference":
-        return f"reference engine (NumPy, {dtype})"
+    if engine.name == "reference":
+        return f"reference engine (NumPy, {engine.dtype})"
     from tapeless.ops.cpu import native
 
-    return f"cpu engine ({native.simd()}, {threads} thread{'s' if threads > 1 else ''}, {dtype})"
+    threads = engine.team(documents)
+    products = ""
+    if engine.config.precision == "bf16":
+        products = f", products in bfloat16 {native.bfloat16()}"
+    return f"cpu engine ({native.simd()}, {threads} thread{'s' if threads > 1 else ''}, float32{products})"
 
 
 def _shares(batch: Any, threads: int) -> list[Any]:

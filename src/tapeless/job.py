@@ -309,7 +309,7 @@ class Job:
         if t.batch_size * self.batches > 1:
             each = each.replace("document", "documents").replace("window", "windows")
         times = f"{self.batches:,} × {t.batch_size:,}" if self.batches > 1 else f"{t.batch_size:,}"
-        machinery = uses(engine.name, engine.dtype, engine.team(t.batch_size))
+        machinery = uses(engine, t.batch_size)
         source = self.about["pretrained"]
         name = self.about["preset"] if source is None else f"{Path(source).name}, pretrained"
         lines = [

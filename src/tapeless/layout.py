@@ -105,7 +105,8 @@ def activations(config: GPTConfig) -> tuple[Tensor, ...]:
     """What the forward pass keeps for the backward pass, and its scratch: `f`, what a sublayer adds to
     the residual stream, and `scratch`, for attention."""
     c = config
-    V, C, T, L, F, H = c.vocab, c.n_embd, c.block_size, c.n_layer, c.n_hidden, c.n_head
+    V, C, T, F, H = c.vocab, c.n_embd, c.block_size, c.n_hidden, c.n_head
+    L, K = c.n_layer, 1 if c.recompute else c.n_layer  # layers, and those whose insides are kept
 
     def norm(number: str, here: bool, *shape: int | str) -> list[Tensor]:
         return [
@@ -116,31 +117,31 @@ def activations(config: GPTConfig) -> tuple[Tensor, ...]:
 
     def mixing(number: str) -> list[Tensor]:
         return [
-            Tensor(f"A{number}", (L, S, S) if mhc else (0,)),
+            Tensor(f"A{number}", (K, S, S) if mhc else (0,)),
             Tensor(f"sinkhorn{number}", trace),
-            Tensor(f"in{number}", (L, N, C) if mhc else (0,)),
+            Tensor(f"in{number}", (K, N, C) if mhc else (0,)),
             Tensor(f"f{number}", (L, N, C) if mhc else (0,)),
         ]
 
     mhc, full, S = c.residual == "mhc", c.attention == "full", c.n_streams
-    streams = (L, S, N, C) if mhc else (L, N, C)
-    trace = (L, 2 * SINKHORN_ITERATIONS + 1, S, S) if mhc and S > 2 else (L, 0)
+    streams = (S, N, C) if mhc else (N, C)
+    trace = (K, 2 * SINKHORN_ITERATIONS + 1, S, S) if mhc and S > 2 else (K, 0)
     return (
         Tensor("emb", (N, C) if c.norm_embed or mhc else (0,)),
         Tensor("he", (N, C) if c.norm_embed and mhc else (0,)),
         *norm("e", c.norm_embed, N)[1:],
-        Tensor("x", (L + 1, *streams[1:])),
+        Tensor("x", (L + 1, *streams)),
         *mixing("1"),
-        *norm("1", c.norm_attn, L, N),
-        Tensor("qkv", (L, N, 3 * C)),
-        Tensor("probs", (L, N, H, T) if full else (0,)),
-        Tensor("lse", (0,) if full else (L, N, H)),
-        Tensor("att", (L, N, C)),
-        Tensor("y", streams),
+        *norm("1", c.norm_attn, K, N),
+        Tensor("qkv", (K, N, 3 * C)),
+        Tensor("probs", (K, N, H, T) if full else (0,)),
+        Tensor("lse", (0,) if full else (K, N, H)),
+        Tensor("att", (K, N, C)),
+        Tensor("y", (K, *streams)),
         *mixing("2"),
-        *norm("2", c.norm_mlp, L, N),
-        Tensor("u", (L, N, F)),
-        Tensor("v", (L, N, F)),
+        *norm("2", c.norm_mlp, K, N),
+        Tensor("u", (K, N, F)),
+        Tensor("v", (K, N, F)),
         Tensor("f", (0,) if mhc else (N, C)),
         Tensor("out", (N, C) if mhc else (0,)),
         *norm("f", c.norm_final, N),

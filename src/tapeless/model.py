@@ -11,13 +11,14 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer
-from tapeless.engine import Engine, check_memory
+from tapeless.engine import Engine
 from tapeless.errors import ConfigError, DataError
 from tapeless.generate import generate
 from tapeless.init import generator, initialise
 from tapeless.io import runs
 from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.layout import param_views
+from tapeless.memory import check_memory
 from tapeless.rng import Random
 
 
@@ -168,14 +169,23 @@ def _array(values: Any) -> np.ndarray:
 
 
 def load(
-    path: str | Path, engine: str = "cpu", *, dtype: str | None = None, threads: int | None = None
+    path: str | Path,
+    engine: str = "cpu",
+    *,
+    dtype: str | None = None,
+    threads: int | None = None,
+    precision: str | None = None,
 ) -> GPT:
     """The model of a run folder, a Hugging Face folder of GPT-2, a model file of llm.c, or of a name on
-    the Hugging Face hub ("gpt2"), with its tokenizer if there is one; the other arguments as for `GPT`.
+    the Hugging Face hub ("gpt2"), with its tokenizer if there is one. `precision` is that of its config
+    if None; the other arguments as for `GPT`.
 
     Raises `RunError` if a file is missing, damaged, or does not match the others.
     """
     checkpoint = with_tokenizer(open_model(path))
-    model = GPT(checkpoint.config, None, engine, dtype=dtype, threads=threads, tokenizer=checkpoint.tokenizer)
+    config = checkpoint.config
+    if precision is not None:
+        config = config.replace(precision=precision)
+    model = GPT(config, None, engine, dtype=dtype, threads=threads, tokenizer=checkpoint.tokenizer)
     checkpoint.read_into(model.params)
     return model

@@ -6,18 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tapeless.config import GPTConfig, whole
+from tapeless.config import COMPUTED, GPTConfig, whole
 from tapeless.data.documents import BUILT_IN
 from tapeless.data.orders import Tokens, make_order
 from tapeless.data.sources import Data, are_tokens, open_data
 from tapeless.data.tokenizers import MADE, CharTokenizer
-from tapeless.engine import check_engine, check_memory
+from tapeless.engine import check_engine
 from tapeless.errors import ConfigError, RunError
 from tapeless.init import MAX_SEED, generator
 from tapeless.io import runs
 from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.io.tensors import Checkpoint
 from tapeless.job import Job
+from tapeless.memory import check_memory
 from tapeless.model import GPT
 from tapeless.presets import FINETUNING, Preset, get_preset
 from tapeless.settings import Training, home
@@ -25,7 +26,7 @@ from tapeless.team import check_threads
 
 # What a checkpoint's architecture may differ in from a preset's: it depends on the data, or changes no
 # result.
-FREE = ("vocab_size", "block_size", "attention", "attention_tile", "init")
+FREE = ("vocab_size", "block_size", "attention", "attention_tile", *COMPUTED, "init")
 SAVED = "saved"  # the kind of a tokenizer that cannot be made again from the data: it is the run's own
 
 
@@ -102,6 +103,7 @@ def _finetuning(
         raise ConfigError(
             f"{checkpoint.path} is another model: {difference}. Leave out what it settles itself."
         )
+    model = model.replace(**{name: architecture[name] for name in COMPUTED if name in architecture})
     tokenizer = checkpoint.tokenizer
     lines = isinstance(tokenizer, CharTokenizer) and tokenizer.bos is not None
     defaults = dataclasses.replace(FINETUNING, order="shuffle" if lines else FINETUNING.order)
@@ -162,7 +164,9 @@ def resumed(
 
 def _difference(old: GPTConfig, new: GPTConfig) -> str:
     pairs = zip(old.to_dict().items(), new.to_dict().values(), strict=True)
-    return ", ".join(f"{name} {a!r} is not {b!r}" for (name, a), b in pairs if a != b)
+    return ", ".join(
+        f"{name} {a!r} is not {b!r}" for (name, a), b in pairs if a != b and name not in COMPUTED
+    )
 
 
 def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) -> Job:

@@ -33,32 +33,81 @@ class Schedule(NamedTuple):
     backward: Callable[..., Any]  # (p, g, a, d, batch): adds to g
 
 
-def make_schedule(config: GPTConfig, ops: Any) -> Schedule:
+def make_schedule(config: GPTConfig, ops: Any, inline: Callable[..., Any] = lambda f: f) -> Schedule:
+    """The passes over an engine's ops; `inline` makes a function one that others may call."""
+    layer, decode_layer = (inline(make_layer(config, ops, decoding)) for decoding in (False, True))
     return Schedule(
-        forward=make_forward(config, ops),
-        decode=make_forward(config, ops, decoding=True),
-        backward=make_backward(config, ops),
+        forward=inline(make_forward(config, ops, layer)),
+        decode=inline(make_forward(config, ops, decode_layer, decoding=True)),
+        backward=inline(make_backward(config, ops, layer)),
     )
 
 
-def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callable[..., Any]:
-    """The forward pass. With `decoding` the batch is one token at one position: attention reads the
-    keys and values cached in `a.cache`, and there is no loss."""
-    n_layer, tied, eps, tile = config.n_layer, config.tied, config.norm_eps, config.attention_tile
-    norm_embed, norm_attn = config.norm_embed, config.norm_attn
-    norm_mlp, norm_final = config.norm_mlp, config.norm_final
+def make_layer(config: GPTConfig, ops: Any, decoding: bool) -> Callable[..., Any]:
+    """A layer's forward pass up to what its last product reads, `a.v`, from its input `a.x[l]`: all that
+    its backward pass needs. With `recompute` only the present layer's is kept, always in the same place."""
+    keep, eps, tile = not config.recompute, config.norm_eps, config.attention_tile
+    norm_attn, norm_mlp = config.norm_attn, config.norm_mlp
     mhc, flash = config.residual == "mhc", config.attention == "flash"
 
-    rows_of, documents_of = ops.rows, ops.documents
-    embed_forward, linear_forward, add_forward = ops.embed_forward, ops.linear_forward, ops.add_forward
+    linear_forward, add_forward = ops.linear_forward, ops.add_forward
     norm_forward = ops.layernorm_forward if config.norm == "layer" else ops.rmsnorm_forward
     activation_forward = ops.gelu_forward if config.activation == "gelu" else ops.relu_forward
     attention_forward = ops.flash_attention_forward if flash else ops.attention_forward
     attention_decode = ops.attention_decode
-    tied_head_forward, cross_entropy_forward = ops.tied_head_forward, ops.cross_entropy_forward
     matrix_forward = ops.sigmoid_matrix_forward if config.n_streams == 2 else ops.sinkhorn_forward
-    mhc_expand_forward, mhc_mix_forward = ops.mhc_expand_forward, ops.mhc_mix_forward
-    mhc_distribute_forward, mhc_contract_forward = ops.mhc_distribute_forward, ops.mhc_contract_forward
+    mhc_mix_forward, mhc_distribute_forward = ops.mhc_mix_forward, ops.mhc_distribute_forward
+
+    def layer(p, a, batch, rows, docs, l):
+        k = l if keep else 0
+        # y = x + wo · attention(wqkv · norm(x))
+        if mhc:
+            matrix_forward(a.A1[k], a.sinkhorn1[k], p.mix1[l])
+            mhc_mix_forward(a.y[k], a.in1[k], a.x[l], a.A1[k], p.alpha1[l], rows)
+        x = a.in1[k] if mhc else a.x[l]
+        if norm_attn:
+            norm_forward(a.h1[k], a.mean1[k], a.rstd1[k], x, p.norm1_w[l], p.norm1_b[l], rows, eps)
+        h1 = a.h1[k] if norm_attn else x
+        linear_forward(a.qkv[k], h1, p.wqkv[l], p.bqkv[l], rows)
+        if decoding:
+            attention_decode(a.att[k], a.cache[l], a.scratch, a.qkv[k], batch.positions, rows)
+        elif flash:
+            attention_forward(a.att[k], a.lse[k], a.scratch, a.qkv[k], docs, tile)
+        else:
+            attention_forward(a.att[k], a.probs[k], a.qkv[k], docs)
+        f1 = a.f1[k] if mhc else a.f
+        linear_forward(f1, a.att[k], p.wo[l], p.bo[l], rows)
+        if mhc:
+            mhc_distribute_forward(a.y[k], f1, p.beta1[l], rows)
+        else:
+            add_forward(a.y[k], x, f1, rows)
+
+        # x' = y + w2 · activation(w1 · norm(y))
+        if mhc:
+            matrix_forward(a.A2[k], a.sinkhorn2[k], p.mix2[l])
+            mhc_mix_forward(a.x[l + 1], a.in2[k], a.y[k], a.A2[k], p.alpha2[l], rows)
+        y = a.in2[k] if mhc else a.y[k]
+        if norm_mlp:
+            norm_forward(a.h2[k], a.mean2[k], a.rstd2[k], y, p.norm2_w[l], p.norm2_b[l], rows, eps)
+        h2 = a.h2[k] if norm_mlp else y
+        linear_forward(a.u[k], h2, p.w1[l], p.b1[l], rows)
+        activation_forward(a.v[k], a.u[k], rows)
+
+    return layer
+
+
+def make_forward(config: GPTConfig, ops: Any, layer: Callable, decoding: bool = False) -> Callable[..., Any]:
+    """The forward pass. With `decoding` the batch is one token at one position: attention reads the
+    keys and values cached in `a.cache`, and there is no loss."""
+    n_layer, tied, eps, keep = config.n_layer, config.tied, config.norm_eps, not config.recompute
+    norm_embed, norm_final, mhc = config.norm_embed, config.norm_final, config.residual == "mhc"
+
+    rows_of, documents_of = ops.rows, ops.documents
+    embed_forward, linear_forward, add_forward = ops.embed_forward, ops.linear_forward, ops.add_forward
+    norm_forward = ops.layernorm_forward if config.norm == "layer" else ops.rmsnorm_forward
+    tied_head_forward, cross_entropy_forward = ops.tied_head_forward, ops.cross_entropy_forward
+    mhc_expand_forward, mhc_contract_forward = ops.mhc_expand_forward, ops.mhc_contract_forward
+    mhc_distribute_forward = ops.mhc_distribute_forward
 
     def forward(p, a, batch):
         rows, docs = rows_of(batch), documents_of(batch)
@@ -71,44 +120,14 @@ def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callabl
             mhc_expand_forward(a.x[0], a.he if norm_embed else a.emb, rows)
 
         for l in range(n_layer):
-            # y = x + wo · attention(wqkv · norm(x))
-            if mhc:
-                matrix_forward(a.A1[l], a.sinkhorn1[l], p.mix1[l])
-                mhc_mix_forward(a.y[l], a.in1[l], a.x[l], a.A1[l], p.alpha1[l], rows)
-            x = a.in1[l] if mhc else a.x[l]
-            if norm_attn:
-                norm_forward(a.h1[l], a.mean1[l], a.rstd1[l], x, p.norm1_w[l], p.norm1_b[l], rows, eps)
-            h1 = a.h1[l] if norm_attn else x
-            linear_forward(a.qkv[l], h1, p.wqkv[l], p.bqkv[l], rows)
-            if decoding:
-                attention_decode(a.att[l], a.cache[l], a.scratch, a.qkv[l], batch.positions, rows)
-            elif flash:
-                attention_forward(a.att[l], a.lse[l], a.scratch, a.qkv[l], docs, tile)
-            else:
-                attention_forward(a.att[l], a.probs[l], a.qkv[l], docs)
-            f1 = a.f1[l] if mhc else a.f
-            linear_forward(f1, a.att[l], p.wo[l], p.bo[l], rows)
-            if mhc:
-                mhc_distribute_forward(a.y[l], f1, p.beta1[l], rows)
-            else:
-                add_forward(a.y[l], x, f1, rows)
-
-            # x' = y + w2 · activation(w1 · norm(y))
-            if mhc:
-                matrix_forward(a.A2[l], a.sinkhorn2[l], p.mix2[l])
-                mhc_mix_forward(a.x[l + 1], a.in2[l], a.y[l], a.A2[l], p.alpha2[l], rows)
-            y = a.in2[l] if mhc else a.y[l]
-            if norm_mlp:
-                norm_forward(a.h2[l], a.mean2[l], a.rstd2[l], y, p.norm2_w[l], p.norm2_b[l], rows, eps)
-            h2 = a.h2[l] if norm_mlp else y
-            linear_forward(a.u[l], h2, p.w1[l], p.b1[l], rows)
-            activation_forward(a.v[l], a.u[l], rows)
+            layer(p, a, batch, rows, docs, l)
+            k = l if keep else 0
             f2 = a.f2[l] if mhc else a.f
-            linear_forward(f2, a.v[l], p.w2[l], p.b2[l], rows)
+            linear_forward(f2, a.v[k], p.w2[l], p.b2[l], rows)
             if mhc:
                 mhc_distribute_forward(a.x[l + 1], f2, p.beta2[l], rows)
             else:
-                add_forward(a.x[l + 1], y, f2, rows)
+                add_forward(a.x[l + 1], a.y[k], f2, rows)
 
         if mhc:
             mhc_contract_forward(a.out, a.x[n_layer], p.contract, rows)
@@ -127,12 +146,12 @@ def make_forward(config: GPTConfig, ops: Any, decoding: bool = False) -> Callabl
     return forward
 
 
-def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
+def make_backward(config: GPTConfig, ops: Any, layer: Callable) -> Callable[..., Any]:
     """The backward pass: `forward` in reverse. Adds to `g`; overwrites `d`."""
     n_layer, tied, tile = config.n_layer, config.tied, config.attention_tile
     norm_embed, norm_attn = config.norm_embed, config.norm_attn
     norm_mlp, norm_final = config.norm_mlp, config.norm_final
-    mhc, flash = config.residual == "mhc", config.attention == "flash"
+    mhc, flash, keep = config.residual == "mhc", config.attention == "flash", not config.recompute
 
     rows_of, documents_of = ops.rows, ops.documents
     embed_backward, linear_backward = ops.embed_backward, ops.linear_backward
@@ -161,46 +180,49 @@ def make_backward(config: GPTConfig, ops: Any) -> Callable[..., Any]:
             mhc_contract_backward(d.x, g.contract, d.sums, d.out, a.x[n_layer], p.contract, rows)
 
         for l in range(n_layer - 1, -1, -1):
+            if not keep:
+                layer(p, a, batch, rows, docs, l)
+            k = l if keep else 0
             # x' = y + w2 · activation(w1 · norm(y)):  the sum passes d.x on to both its terms
-            y, dy = a.in2[l] if mhc else a.y[l], d.inp if mhc else d.x
+            y, dy = a.in2[k] if mhc else a.y[k], d.inp if mhc else d.x
             if mhc:
                 mhc_distribute_backward(d.f, g.beta2[l], d.sums, d.x, a.f2[l], p.beta2[l], rows)
                 zero(d.inp, rows)
             df = d.f if mhc else d.x
-            h2 = a.h2[l] if norm_mlp else y
-            linear_backward(d.v, g.w2[l], g.b2[l], df, a.v[l], p.w2[l], rows)
-            activation_backward(d.u, d.v, a.u[l], rows)
+            h2 = a.h2[k] if norm_mlp else y
+            linear_backward(d.v, g.w2[l], g.b2[l], df, a.v[k], p.w2[l], rows)
+            activation_backward(d.u, d.v, a.u[k], rows)
             linear_backward(d.h, g.w1[l], g.b1[l], d.u, h2, p.w1[l], rows)
             if norm_mlp:
-                mean, rstd = a.mean2[l], a.rstd2[l]
+                mean, rstd = a.mean2[k], a.rstd2[k]
                 norm_backward(dy, g.norm2_w[l], g.norm2_b[l], d.h, y, mean, rstd, p.norm2_w[l], rows)
             else:
                 accumulate(dy, d.h, rows)
             if mhc:
-                mhc_mix_backward(d.x, d.A, g.alpha2[l], d.sums, d.inp, a.y[l], a.A2[l], p.alpha2[l], rows)
-                matrix_backward(g.mix2[l], d.A, a.A2[l], a.sinkhorn2[l], rows)
+                mhc_mix_backward(d.x, d.A, g.alpha2[l], d.sums, d.inp, a.y[k], a.A2[k], p.alpha2[l], rows)
+                matrix_backward(g.mix2[l], d.A, a.A2[k], a.sinkhorn2[k], rows)
 
             # y = x + wo · attention(wqkv · norm(x))
-            x, dx = a.in1[l] if mhc else a.x[l], d.inp if mhc else d.x
+            x, dx = a.in1[k] if mhc else a.x[l], d.inp if mhc else d.x
             if mhc:
-                mhc_distribute_backward(d.f, g.beta1[l], d.sums, d.x, a.f1[l], p.beta1[l], rows)
+                mhc_distribute_backward(d.f, g.beta1[l], d.sums, d.x, a.f1[k], p.beta1[l], rows)
                 zero(d.inp, rows)
             df = d.f if mhc else d.x
-            h1 = a.h1[l] if norm_attn else x
-            linear_backward(d.att, g.wo[l], g.bo[l], df, a.att[l], p.wo[l], rows)
+            h1 = a.h1[k] if norm_attn else x
+            linear_backward(d.att, g.wo[l], g.bo[l], df, a.att[k], p.wo[l], rows)
             if flash:
-                attention_backward(d.qkv, d.scratch, d.att, a.att[l], a.lse[l], a.qkv[l], docs, tile)
+                attention_backward(d.qkv, d.scratch, d.att, a.att[k], a.lse[k], a.qkv[k], docs, tile)
             else:
-                attention_backward(d.qkv, d.att, a.probs[l], a.qkv[l], docs)
+                attention_backward(d.qkv, d.att, a.probs[k], a.qkv[k], docs)
             linear_backward(d.h, g.wqkv[l], g.bqkv[l], d.qkv, h1, p.wqkv[l], rows)
             if norm_attn:
-                mean, rstd = a.mean1[l], a.rstd1[l]
+                mean, rstd = a.mean1[k], a.rstd1[k]
                 norm_backward(dx, g.norm1_w[l], g.norm1_b[l], d.h, x, mean, rstd, p.norm1_w[l], rows)
             else:
                 accumulate(dx, d.h, rows)
             if mhc:
-                mhc_mix_backward(d.x, d.A, g.alpha1[l], d.sums, d.inp, a.x[l], a.A1[l], p.alpha1[l], rows)
-                matrix_backward(g.mix1[l], d.A, a.A1[l], a.sinkhorn1[l], rows)
+                mhc_mix_backward(d.x, d.A, g.alpha1[l], d.sums, d.inp, a.x[l], a.A1[k], p.alpha1[l], rows)
+                matrix_backward(g.mix1[l], d.A, a.A1[k], a.sinkhorn1[k], rows)
 
         if mhc:
             mhc_expand_backward(d.he if norm_embed else d.emb, d.x, rows)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tapeless.cli.convert import check_state
-from tapeless.cli.options import EngineName, Settings, Threads, option, parse_settings, say
+from tapeless.cli.options import EngineName, Recompute, Settings, Threads, option, parse_settings, say
 from tapeless.errors import ConfigError
 
 PresetName = Annotated[
@@ -75,7 +75,10 @@ def budget(
     preset: PresetName = "microgpt",
     set_: Settings = None,
     batch_size: Annotated[int | None, option("Documents a step.", "B", "the preset's")] = None,
+    block_size: Annotated[int | None, option("Tokens of a document.", "T", "the preset's")] = None,
     threads: Threads = None,
+    recompute: Recompute = None,
+    target: Annotated[str, typer.Option(metavar="NAME", help="What to train on: cpu.")] = "cpu",
 ) -> None:
     """Show the memory that training takes, to the byte, before anything is allocated.
 
@@ -84,11 +87,16 @@ def budget(
     from rich.console import Console
     from rich.table import Table
 
-    from tapeless.engine import machine_memory, training_memory
+    from tapeless.errors import ConfigError, did_you_mean
     from tapeless.layout import n_params
+    from tapeless.memory import free_memory, training_memory
     from tapeless.presets import get_preset
 
+    if target != "cpu":
+        raise ConfigError(f"no target is called {target!r}.{did_you_mean(target, ['cpu'])}")
     config = _model_config(preset, set_)
+    chosen = {"block_size": block_size, "recompute": recompute}
+    config = config.replace(**{name: value for name, value in chosen.items() if value is not None})
     settings = {} if batch_size is None else {"batch_size": batch_size}
     documents = get_preset(preset).with_settings(settings).training.batch_size
     tokens = documents * config.block_size
@@ -99,7 +107,7 @@ def budget(
     for name, plan in plans.items():
         largest = sorted(plan.sizes().items(), key=lambda item: -item[1])[:3]
         table.add_row(name, f"{plan.nbytes:,}", ", ".join(f"{t} {size:,}" for t, size in largest if size))
-    needed, total = sum(plan.nbytes for plan in plans.values()), machine_memory()
+    needed, free = sum(plan.nbytes for plan in plans.values()), free_memory()
     table.add_section()
     table.add_row("total", f"{needed:,}", "")
     console = Console(highlight=False)
@@ -109,8 +117,8 @@ def budget(
         f"{team} thread{'s' if team > 1 else ''}, float32"
     )
     console.print(table)
-    fits = needed <= total
-    console.print(f"{'Fits' if fits else 'Does not fit'} in this machine's {total / 1e9:,.1f} GB.")
+    fits = needed <= free
+    console.print(f"{'Fits' if fits else 'Does not fit'} in the {free / 1e9:,.1f} GB that are free.")
     if not fits:
         raise typer.Exit(1)
 

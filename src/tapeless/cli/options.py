@@ -28,6 +28,18 @@ Settings = Annotated[
 Threads = Annotated[
     int | None, option("Threads that share a step.", "N", "the processors, or 1 where a step is small")
 ]
+Recompute = Annotated[
+    bool | None,
+    typer.Option(
+        "--recompute",
+        metavar="",
+        help="Keep only each layer's input and compute the rest again: less memory, more time.",
+        show_default=False,
+    ),
+]
+Precision = Annotated[
+    str | None, option("What products read: float32, or bf16, rounded to bfloat16.", "NAME", "the model's")
+]
 EngineName = Annotated[str | None, option("cpu (compiled) or reference (NumPy).", "NAME", "cpu")]
 
 

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from tapeless.cli.options import EngineName, Settings, Threads, option, parse_settings, quoted, say
+from tapeless.cli.options import (
+    EngineName,
+    Precision,
+    Recompute,
+    Settings,
+    Threads,
+    option,
+    parse_settings,
+    quoted,
+    say,
+)
 
 
 class Train(TyperCommand):
@@ -84,6 +94,8 @@ def train(
         str | None, option("float32, or float64 on the reference engine.", "NAME", "the engine's")
     ] = None,
     threads: Threads = None,
+    precision: Precision = None,
+    recompute: Recompute = None,
     out: Annotated[
         Path | None, option("Folder to write the run into.", "DIR", "runs/PRESET-N, the next free N")
     ] = None,
@@ -113,6 +125,7 @@ def train(
     options = {
         "block_size": block_size, "total_batch_tokens": total_batch_tokens, "order": order,
         "eval_every": eval_every, "sample_every": sample_every,
+        "precision": precision, "recompute": recompute,
     }  # fmt: skip
     settings = {} if config is None else read_toml(config)
     settings |= parse_settings(set_)
@@ -160,13 +173,15 @@ def sample(
     seed: Annotated[int, typer.Option(metavar="S", help="Seed of the draws.")] = 42,
     max_tokens: Annotated[int | None, option("New tokens at most.", "M", "fill the block")] = None,
     engine: EngineName = None,
+    threads: Threads = None,
+    precision: Precision = None,
 ) -> None:
     """Generate texts with a trained model."""
     from tapeless.generate import listed
     from tapeless.model import load
     from tapeless.progress import COMPILING
 
-    model = load(run, "cpu" if engine is None else engine)
+    model = load(run, "cpu" if engine is None else engine, threads=threads, precision=precision)
     if model.tokenizer is None:
         say(f"{run} has no tokenizer: these are tokens as numbers.")
     model.engine.notice = lambda: say(COMPILING)
@@ -205,6 +220,7 @@ def evaluate(
     ] = None,
     engine: EngineName = None,
     threads: Threads = None,
+    precision: Precision = None,
     json: Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")] = False,
 ) -> None:
     """Tell how well a model predicts a text: loss, perplexity, bits per byte.
@@ -220,7 +236,7 @@ def evaluate(
     what: Any = data
     if data is None:
         what = held_out(Path(model))
-    loaded = load(model, "cpu" if engine is None else engine, threads=threads)
+    loaded = load(model, "cpu" if engine is None else engine, threads=threads, precision=precision)
     loaded.engine.notice = lambda: say(COMPILING)
     with Counting() as told:
         result = score(

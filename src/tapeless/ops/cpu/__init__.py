@@ -19,11 +19,11 @@ from tapeless.ops.cpu.native import jit
 @cache
 def make_ops(config: GPTConfig) -> Any:
     """Every op that this model may need, compiled on first use."""
-    return SimpleNamespace(**_common(), **_attention(config.head_dim, config.block_size))
+    return SimpleNamespace(**_common(config.precision), **_attention(config.head_dim, config.block_size))
 
 
 @cache
-def _common() -> dict[str, Callable]:
+def _common(precision: str) -> dict[str, Callable]:
     # Imported here since they import Numba, which a process whose programs are in the cache never needs.
     from tapeless.ops.cpu import activation, embed, linear, loss, mhc, norm, optim, share
 
@@ -33,7 +33,7 @@ def _common() -> dict[str, Callable]:
         for name, function in vars(module).items()
         if isinstance(function, FunctionType) and function.__module__ == module.__name__
     }
-    functions |= linear.make_ops()
+    functions |= linear.make_ops(precision)
     return {name: jit(function) for name, function in functions.items()} | {"meet": share.meet}
 
 

@@ -157,9 +157,9 @@ def _decode(K: int) -> Callable:
 
     def attention_decode(out, cache, scratch, qkv, positions, rows):
         T, C = cache.shape[0], out.shape[1]
-        blocks = C // width
+        blocks = (C + width - 1) // width
         begin = rows.me * blocks // rows.threads * width
-        end = (rows.me + 1) * blocks // rows.threads * width
+        end = min(C, (rows.me + 1) * blocks // rows.threads * width)
         keys, values = matrix(cache, 0, T, C, 2 * C), matrix(cache, C, T, C, 2 * C)
         last = positions[0]
         for c in range(begin, end, LANES):

@@ -16,8 +16,8 @@ FEW = 2
 SHARED = 8
 
 
-def make_ops() -> dict[str, Callable]:
-    """The ops by name, to be compiled."""
+def make_ops(precision: str) -> dict[str, Callable]:
+    """The ops by name, to be compiled, whose products read numbers of this precision."""
     from tapeless.ops.cpu.share import meet, part
     from tapeless.ops.cpu.simd import LANES, load, matrix, store
 

@@ -1,0 +1,106 @@
+"""What fits in memory, what is said where it does not, and recomputing activations to make it fit."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+import tapeless as tl
+from commands import refused, succeeds
+from helpers import PRESETS, random_batch, random_model
+from tapeless import memory
+from tapeless.errors import ConfigError
+
+GPT2 = tl.presets["gpt2"].model
+
+
+def free(monkeypatch, gigabytes):
+    monkeypatch.setattr(memory, "free_memory", lambda: gigabytes * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "expected"),
+    [
+        (100, None),
+        (5, "recompute=true"),
+        (3.8, "batch_size=1 or batch_size=3 with recompute=true"),
+        (2.8, "batch_size=1 with recompute=true"),
+        (1.5, None),
+    ],
+)
+def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch, gigabytes, expected):
+    free(monkeypatch, gigabytes)
+    if gigabytes == 100:
+        memory.check_memory(GPT2, "cpu", None, 4, 2)
+        return
+    with pytest.raises(ConfigError) as caught:
+        memory.check_memory(GPT2, "cpu", None, 4, 2)
+    message = str(caught.value)
+    assert "6.3 GB of memory" in message
+    if expected is None:
+        assert "choose a smaller model" in message
+        return
+    # What it names fits, and one document more does not.
+    assert expected in message
+    for option in message.split(": ")[1].removesuffix(" would fit.").split(" or "):
+        config = GPT2.replace(recompute="recompute" in option)
+        size = int(re.search(r"batch_size=(\d+)", option)[1]) if "batch" in option else 4
+        memory.check_memory(config, "cpu", None, size, 2)
+        if size < 4:
+            with pytest.raises(ConfigError):
+                memory.check_memory(config, "cpu", None, size + 1, 2)
+
+
+def test_free_memory_is_what_the_system_says():
+    assert 1e8 < memory.free_memory() < 1e15
+
+
+def test_a_run_is_refused_before_it_starts(tmp_path):
+    message = refused("train", "--batch-size", 10**9, "--out", "run", cwd=tmp_path)
+    assert "GB are free" in message
+    assert "batch_size=" in message
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- recomputing
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["microgpt", "flashmicrogpt", "transformerlm", "gpt2"])
+def test_recomputing_changes_no_bit(name, engine):
+    config = PRESETS[name].replace(n_layer=3)
+    kept, again = (random_model(config.replace(recompute=r), engine) for r in (False, True))
+    again.engine.params[:] = kept.engine.params
+    batch = random_batch(config, [config.block_size, 3, 1], 0)
+    assert kept.loss_and_grad(*batch) == again.loss_and_grad(*batch)
+    assert np.array_equal(kept.engine.grads, again.engine.grads)
+    assert np.array_equal(kept.logits(batch.tokens, batch.starts), again.logits(batch.tokens, batch.starts))
+    sizes = [sum(view.nbytes for view in model.engine.a) for model in (kept, again)]
+    assert sizes[1] < 0.75 * sizes[0]
+    prompt = list(range(1, 4))
+    texts = [
+        model.engine.generate(prompt, 2, 2 * config.block_size, np.linspace(0, 0.999, 999))
+        for model in (kept, again)
+    ]
+    assert [row.tolist() for row in texts[0][0]] == [row.tolist() for row in texts[1][0]]
+
+
+def test_gradients_of_a_recomputing_model_pass_the_check(tmp_path):
+    result = succeeds("check", "gpt2", "--set", "recompute=true", "--set", "n_layer=2", "--set",
+                      "n_embd=12", "--set", "n_head=3", "--set", "vocab_size=11", "--set",
+                      "block_size=8", "--entries", 50, cwd=tmp_path)  # fmt: skip
+    assert "disagree" not in result.stdout
+
+
+def test_the_budget_tells_what_recomputing_saves(tmp_path):
+    def total(*options):
+        out = succeeds("budget", "gpt2", "--batch-size", 4, "--block-size", 1024, "--target", "cpu",
+                       "--threads", 2, *options, cwd=tmp_path).stdout  # fmt: skip
+        return int(re.search(r"total +([\d,]+)", out)[1].replace(",", ""))
+
+    plans, _ = memory.training_memory(GPT2, "cpu", "float32", 4, 2)
+    assert total() == sum(plan.nbytes for plan in plans.values())
+    assert total("--recompute") < 0.7 * total()
+    assert "target" in refused("budget", "gpt2", "--target", "moon", cwd=tmp_path)
