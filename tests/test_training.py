@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from shard_files import write_shard
 from tapeless.data.documents import read_documents
 from tapeless.data.sources import hold_out
 from tapeless.data.tokenizers import CharTokenizer
+from tapeless.errors import NumericsError, RunError
 from tapeless.meter import Meter, Speed
 
 GPT2 = tl.presets["gpt2"].model.replace(vocab_size=27, block_size=32, n_layer=2, n_head=2, n_embd=16)
@@ -394,6 +396,50 @@ def test_overwriting_takes_the_best_away(tmp_path):
     assert [path.name for path in (tmp_path / "run/best").iterdir()] == ["mine.txt"]
 
 
+# ---------------------------------------------------------------- large models
+
+JOB = importlib.import_module("tapeless.job")
+
+
+def test_a_large_model_is_not_copied(here, tmp_path, monkeypatch):
+    """No snapshots, and the first state is not written; all else is the same."""
+    options = {"batch_size": 2, "steps": 40, "engine": "reference", "samples": 0, "set": {"lr": 0.05}}
+    small = tl.train(here / "data", pretrained=here / "model", out=tmp_path / "a", progress=False, **options)
+    monkeypatch.setattr(JOB, "SNAPSHOTS", 0)
+    with pytest.raises(tl.Interrupted):
+        tl.train(here / "data", pretrained=here / "model", out=tmp_path / "b", progress=StopAt(4), **options)
+    large = tl.train(out=tmp_path / "b", resume=True, progress=False)
+    assert np.array_equal(small.losses[-len(large.losses) :], large.losses)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_large_model_that_overflows_keeps_what_was_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(JOB, "SNAPSHOTS", 0)
+    options = {"engine": "reference", "dtype": "float32", "samples": 0, "progress": False}
+    with pytest.raises(NumericsError, match=r"at step \d\. Try a smaller lr"):
+        tl.train(preset="esp32gpt", out=tmp_path / "none", steps=900, lr=9e5, **options)
+    assert not (tmp_path / "none/state.safetensors").exists()
+    tl.train(preset="esp32gpt", out=tmp_path / "run", steps=30, **options)
+    before = contents(tmp_path / "run")
+    with pytest.raises(NumericsError, match=r"at step 3\d\. .* keeps the state after step 30: resume it"):
+        tl.train(out=tmp_path / "run", resume=True, steps=900, lr=9e5, **options)
+    assert contents(tmp_path / "run") == before
+    tl.train(out=tmp_path / "run", resume=True, steps=60, lr=1e-4, **options)
+    assert len(rows(tmp_path / "run")) == 60
+
+
+def test_a_disk_without_room_is_found_first(here, tmp_path, monkeypatch):
+    tl.train(here / "data", pretrained=here / "model", out=tmp_path, steps=2, samples=0, progress=False)
+    before = contents(tmp_path)
+    monkeypatch.setattr(JOB, "SNAPSHOTS", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    for more in ({"overwrite": True}, {"resume": True, "steps": 5}):
+        given = {} if "resume" in more else {"data": here / "data", "pretrained": here / "model"}
+        with pytest.raises(RunError, match=r"the run takes 0\.0 GB, the disk has 0\.0 left"):
+            tl.train(**given, out=tmp_path, samples=0, progress=False, **more)
+    assert contents(tmp_path) == before
+
+
 # ---------------------------------------------------------------- from a checkpoint
 
 
@@ -547,7 +593,7 @@ def test_speed_is_what_was_done_in_a_second_or_more():
 def test_a_share_of_the_peak_is_at_most_all_of_it(monkeypatch):
     from tapeless.ops.cpu import peak
 
-    measured = iter([10.0, 4.0, 30.0])
+    measured = iter([10.0, 4.0, 30.0])  # no more often than that
     monkeypatch.setattr(peak, "peak_gflops", lambda threads, **_: next(measured))
     meter = Meter(tl.GPT(GPT2, None, "cpu").engine, 1)
 
@@ -560,3 +606,4 @@ def test_a_share_of_the_peak_is_at_most_all_of_it(monkeypatch):
     assert share(20.0) is None  # other programs were busy when it was measured, and still are
     assert share(20.0) == pytest.approx(2 / 3)
     assert share(15.0) == 0.5
+    assert share(31.0) is None
