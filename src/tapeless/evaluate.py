@@ -80,7 +80,9 @@ def evaluate(
     stride = size if stride is None else whole("stride", stride, 1, size)
     batch_size = max(1, AT_ONCE // size) if batch_size is None else batch_size
     batch_size = whole("batch_size", batch_size, 1, MAX_SIZE)
-    result = score(model, _open(model, data, lines), size, stride, batch_size, told=told)
+    opened = _open(model, data, lines)
+    sizes = _sizes(model.tokenizer, b"" if opened.spans is None else b"\n")
+    result = score(model, opened, size, stride, batch_size, sizes=sizes, told=told)
     if not math.isfinite(result.loss):
         raise NumericsError(f"the loss is {result.loss}: the model's weights are not finite, or too large.")
     return result
@@ -125,16 +127,17 @@ def score(
     batch_size: int,
     *,
     batches: int = 0,
+    sizes: np.ndarray | None = None,
     told: Callable[[int, int], object] = lambda done, total: None,
 ) -> Evaluation:
     """The loss on windows of `size`, `batch_size` at once: of all, or of the first `batches` batches.
+    `sizes` [V, 2] are the bytes and characters of each token, if they shall be counted.
 
     Raises `DataError` if there is no token to predict, or one that the model does not know.
     """
     windows = Sliding(data, size, stride)
     if not len(windows):
         raise DataError("there is nothing to evaluate on: it takes two tokens, one to predict the other.")
-    sizes = _sizes(model.tokenizer, b"" if data.spans is None else b"\n")
     count = min(len(windows), batches * batch_size or len(windows))
     total, scored, text = 0.0, 0, np.zeros(2, np.int64)
     for first in range(0, count, batch_size):

@@ -222,6 +222,8 @@ class Job:
         be had again for less than it takes to write it."""
         if self.folder is None:
             return
+        if not self.small:
+            runs.check_room(self.folder, self.nbytes)
         if not self.resumed:
             runs.claim(self.folder, self.overwrite)
         if self.small:

@@ -33,7 +33,7 @@ class Meter:
         self._engine, self._threads = engine, threads
         self._total = self._seconds = 0.0
         self._tokens = self._flops = 0
-        self._peak = 0.0
+        self._peak, self._tries = 0.0, 3
 
     def add(self, seconds: float, lengths: np.ndarray) -> None:
         """Documents or windows of these lengths were done in so many seconds."""
@@ -48,9 +48,10 @@ class Meter:
             return None
         gflops = self._flops / self._seconds / 1e9
         # What other programs took when the peak was measured shows when training is faster than it.
-        if gflops > self._peak and self._total >= WORTHWHILE and self._engine.name == "cpu":
+        if gflops > self._peak and self._total >= WORTHWHILE and self._tries and self._engine.name == "cpu":
             from tapeless.ops.cpu.peak import peak_gflops
 
+            self._tries -= 1
             self._peak = max(self._peak, peak_gflops(self._threads, seconds=0.005, repeats=8))
         share = gflops / self._peak if gflops <= self._peak else None
         speed = Speed(self._tokens / self._seconds, gflops, share)

@@ -42,6 +42,7 @@ class Plan(NamedTuple):
     dtype: str | None
     threads: int | None
     vocab_size: int | None = None  # as the data must have it
+    pretrained: str | None = None  # where the weights came from
     checkpoint: Checkpoint | None = None
     folder: Path | None = None  # of the saved run
     digests: tuple[str, str | None] | None = None  # of the data it was trained and validated on
@@ -74,8 +75,11 @@ def fresh(
         settings = settings | {"order": "sequence"}
     chosen = chosen.with_settings(settings)
     seed, engine = 42 if seed is None else seed, "cpu" if engine is None else engine
-    vocab_size = settings.get("vocab_size") if checkpoint is None else checkpoint.config.vocab
-    return Plan(name, chosen, data, val, seed, engine, dtype, threads, vocab_size, checkpoint)
+    plan = Plan(name, chosen, data, val, seed, engine, dtype, threads, settings.get("vocab_size"))
+    if checkpoint is None:
+        return plan
+    vocab_size, path = checkpoint.config.vocab, str(checkpoint.path)
+    return plan._replace(vocab_size=vocab_size, pretrained=path, checkpoint=checkpoint)
 
 
 def _finetuning(
@@ -127,7 +131,7 @@ def resumed(
     try:
         whole("seed", saved["seed"], 0, MAX_SEED)
         strings = [saved[k] for k in ("preset", "tokenizer", "data", "engine", "digest")]
-        strings += [saved[k] for k in ("val", "val_digest") if saved[k] is not None]
+        strings += [saved[k] for k in ("val", "val_digest", "pretrained") if saved[k] is not None]
         if not all(isinstance(value, str) for value in strings):
             raise TypeError
         if threads is None and engine in (None, saved["engine"]):
@@ -141,6 +145,7 @@ def resumed(
             saved["engine"] if engine is None else engine,
             saved["dtype"] if engine is None and dtype is None else dtype,
             threads,
+            pretrained=saved["pretrained"],
             folder=folder,
             digests=(saved["digest"], saved["val_digest"]),
         )
@@ -203,7 +208,7 @@ def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) ->
         "preset": plan.name,
         "tokenizer": SAVED if are_tokens(plan.data) or chosen.tokenizer not in MADE else chosen.tokenizer,
         "training": dataclasses.asdict(training),
-        "pretrained": None if plan.checkpoint is None else str(plan.checkpoint.path),
+        "pretrained": plan.pretrained,
         "data": _resolved(plan.data),
         "val": None if plan.val is None else _resolved(plan.val),
         "digest": data.train.digest,

@@ -170,6 +170,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         for key, value in content.items():
             if key not in TABLES:
+                if isinstance(value, dict):
+                    raise ConfigError(f"no table is called [{key}]; expected [model] or [training].")
                 home(key)
                 settings[key] = value
                 continue

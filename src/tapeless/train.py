@@ -60,7 +60,7 @@ class Interrupted(KeyboardInterrupt):
 
 class Progress(Protocol):
     """What training tells while it runs; see tapeless.progress. Of these, `evaluated` and `sampled` come
-    only where there is something to tell, `speed` at most once a second."""
+    only where there is something to tell, `speed` at most once a second, and only to who has it."""
 
     def start(self, lines: list[str]) -> None: ...
     def compiling(self) -> None: ...
@@ -201,6 +201,7 @@ def _compile(job: Job, progress: Progress) -> None:
 def _loop(job: Job, progress: Progress, stop: threading.Event) -> None:
     t, engine = job.training, job.model.engine
     meter = Meter(engine, engine.team(t.batch_size))
+    tell_speed = getattr(progress, "speed", Silent().speed)
     job.keep()
     if t.eval_every and job.step == 0:
         progress.evaluated(0, *job.evaluate())
@@ -215,7 +216,7 @@ def _loop(job: Job, progress: Progress, stop: threading.Event) -> None:
         progress.update(losses)
         meter.add(seconds, lengths)
         if (speed := meter.speed()) is not None:
-            progress.speed(speed)
+            tell_speed(speed)
         if job.evaluates:
             progress.evaluated(job.step, *job.evaluate())
         if job.samples:

@@ -272,7 +272,7 @@ def cut_log(path: Path, steps: int) -> None:
 
 def refuse(folder: Path, overwrite: bool) -> None:
     """Raise `RunError` if a new run must not be written into `folder`."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = _existing(folder)
     if not there.is_dir():
         raise RunError(f"{there} is a file; expected a folder for the run.")
     if not any((folder / name).exists() for name in (*FILES, f"{BEST}/{CONFIG}")):
@@ -285,6 +285,11 @@ def refuse(folder: Path, overwrite: bool) -> None:
         ours = True  # missing or damaged: what else the folder holds is a run's
     if not ours:
         raise RunError(f"{folder} has a {CONFIG} that is no run's: choose another folder, or remove it.")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what there is of it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def claim(folder: Path, overwrite: bool) -> None:
@@ -304,6 +309,17 @@ def claim(folder: Path, overwrite: bool) -> None:
             open(folder / METRICS, "x").close()
         except FileExistsError:
             raise RunError(f"another process has just begun a run in {folder}.") from None
+
+
+def check_room(folder: Path, nbytes: int) -> None:
+    """Raise `RunError` if the disk has no room for so much more."""
+    with writing(folder):
+        free = shutil.disk_usage(_existing(folder)).free
+    if free < nbytes:
+        needed, left = nbytes / 1e9, free / 1e9
+        raise RunError(
+            f"cannot write {folder}: the run takes {needed:,.1f} GB, the disk has {left:,.1f} left."
+        )
 
 
 def numbered_runs(preset: str, base: Path = Path("runs")) -> dict[int, Path]:
