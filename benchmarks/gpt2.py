@@ -31,7 +31,7 @@ from tapeless.bench import about
 from tapeless.bench.workload import training_flops
 from tapeless.engine import Engine
 from tapeless.layout import memory, n_params
-from tapeless.ops.cpu.peak import bandwidth_gbs, peak_gflops
+from tapeless.ops.cpu.peak import bandwidth, peak_gflops
 
 CONFIG = presets["gpt2"].model
 BATCH, BLOCK, ROUNDS, STEPS, TOKENS = 4, 64, 3, 3, 40
@@ -191,7 +191,7 @@ def generating(threads: int) -> None:
     best = dict.fromkeys(contenders, np.inf)
     widths = []
     for _ in range(ROUNDS):
-        widths.append(bandwidth_gbs(threads))
+        widths.append(bandwidth(threads))
         for name, run in contenders.items():
             began = time.perf_counter()
             run()

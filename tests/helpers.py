@@ -177,3 +177,12 @@ def entry_name(model: GPT, i: int) -> str:
             return f"{name}[{index}]"
         i -= value.size
     raise IndexError(i)
+
+
+# ---------------------------------------------------------------- bfloat16
+
+
+def as_bfloat16(x: Any) -> Any:
+    """The nearest float32s of 8 significant bits, of two as near the even one; for numbers in range."""
+    digits, exponent = np.frexp(np.asarray(x, "f8"))
+    return np.ldexp(np.rint(digits * 256), exponent - 8).astype("f4")

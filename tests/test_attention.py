@@ -82,7 +82,6 @@ def test_flash_attention_equals_full_attention(dtype, tolerance, lengths, heads,
     ("head_dim", "block_size"), [(2, 9), (4, 16), (16, 5), (32, 16), (5, 11), (8, 40), (12, 27), (24, 150)]
 )
 def test_compiled_attention_equals_full_attention(head_dim, block_size):
-    native.link_routines()
     made = attention.make_ops(head_dim, block_size)
     ops = {
         pass_: numba.njit(made[f"flash_attention_{pass_}"], fastmath=native.FASTMATH)

@@ -428,6 +428,6 @@ def test_a_model_without_a_tokenizer_speaks_numbers(tmp_path):
             model.generate(prompt)
     model.save(tmp_path / "run")
     told = succeeds("sample", "run", "-n", 4, "--engine", "reference", cwd=tmp_path)
-    assert told.stderr == "run has no tokenizer.json: these are tokens as numbers.\n"
+    assert told.stderr == "run has no tokenizer: these are tokens as numbers.\n"
     rows = [[int(word) for word in line.split()] for line in told.stdout.splitlines()]
     assert np.array(rows).shape == (4, 8)

@@ -37,7 +37,7 @@ def first(child, tmp_path_factory):
 @pytest.fixture
 def cache(first, tmp_path, monkeypatch):
     """A copy of that folder as this process's cache, and the program's file in it."""
-    native.link_routines()  # once a process: not under what the tests below put in place of its parts
+    native.link_routine("product")  # once a process: not under what the tests below put in place of its parts
     for file in first[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (copy,) = tmp_path.glob("evaluate-*")
@@ -118,6 +118,8 @@ OTHER_VALUES = {
     "bias": True,
     "tied": True,
     "residual": "mhc",
+    "recompute": True,
+    "precision": "bf16",
 }
 
 

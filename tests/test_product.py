@@ -8,49 +8,62 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tapeless.ops.cpu import native
-from tapeless.ops.cpu.product import DEPTH, LARGE, MANY, make_product, matmul
+from helpers import as_bfloat16
+from tapeless.ops.cpu import native, pairs
+from tapeless.ops.cpu.product import BLOCK, DEPTH, LARGE, MANY, ROWS, make_product, matmul
 from tapeless.ops.cpu.simd import LANES
 
-native.link_routines()
-product = make_product()
+KINDS = ["float32", "bf16"]
 
 
-@numba.njit
-def multiply(y, ldy, x, row, term, w, w_term, column, m, n, k):
-    product(y, ldy, 0, 0, x, row, term, w, w_term, column, m, n, k)
+def compiled(kind):
+    product = make_product(kind)
+
+    @numba.njit
+    def multiply(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
+        product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k)
+
+    return multiply
 
 
-@numba.njit
-def multiply_from(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
-    product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k)
+PRODUCTS = {kind: compiled(kind) for kind in KINDS}
 
 
-def stored(matrix, turned):
+def operands(kind, x, w):
+    """The numbers that are multiplied with each other."""
+    return (x, w) if kind == "float32" else (as_bfloat16(x), as_bfloat16(w))
+
+
+def laid_out(matrix, turned):
     """The numbers of a matrix, or of its transpose, and the steps to the next row and column."""
     rows, columns = matrix.shape
     return (np.ascontiguousarray(matrix.T), 1, rows) if turned else (matrix, columns, 1)
 
 
-def check_product(m, n, k, start, x_turned, w_turned, seed):
-    """One product against float64; nothing beyond y is touched."""
+def check_product(m, n, k, kind, start, x_turned, w_turned, seed, whole=False):
+    """One product against float64, exactly for whole numbers; nothing beyond y is touched."""
     rng = np.random.default_rng(seed)
-    x, w = (rng.normal(size=shape).astype("f4") for shape in ((m, k), (k, n)))
-    y, b = rng.normal(size=(m + 1, n)).astype("f4"), rng.normal(size=n).astype("f4")
-    want = x.astype("f8") @ w + {"zero": 0, "y": y[:m], "bias": b}[start]
+
+    def numbers(*shape):
+        return (rng.integers(-8, 9, shape) if whole else rng.normal(size=shape)).astype("f4")
+
+    x, w, y, b = numbers(m, k), numbers(k, n), numbers(m + 1, n), numbers(n)
+    exact_x, exact_w = operands(kind, x, w)
+    want = exact_x.astype("f8") @ exact_w.astype("f8") + {"zero": 0, "y": y[:m], "bias": b}[start]
     last = y[m].copy()
-    rest = (*stored(x, x_turned), *stored(w, w_turned), m, n, k)
+    source, ld_source = {"zero": (0, 0), "y": (y, n), "bias": (b, 0)}[start]
     if start == "zero":
         y[:m] = np.nan  # what was there does not matter
-        multiply(y, n, *rest)
-    else:
-        multiply_from(y, n, *((y, n) if start == "y" else (b, 0)), *rest)
+    PRODUCTS[kind](y, n, source, ld_source, *laid_out(x, x_turned), *laid_out(w, w_turned), m, n, k)
+    if whole:
+        assert (y[:m] == want).all()
     np.testing.assert_allclose(y[:m], want, rtol=1e-5, atol=1e-5 * max(1, k / 20) ** 0.5)
     assert (y[m] == last).all()
     return y[:m], x, w
 
 
 WAYS = {
+    "kind": st.sampled_from(KINDS),
     "start": st.sampled_from(["zero", "y", "bias"]),
     "x_turned": st.booleans(),
     "w_turned": st.booleans(),
@@ -58,32 +71,87 @@ WAYS = {
 }
 
 
-@settings(max_examples=300)
-@given(m=st.integers(1, 35), n=st.integers(LANES, 8 * LANES + 3), k=st.integers(1, 35), **WAYS)
-def test_products(m, n, k, start, x_turned, w_turned, seed):
-    """Any number of rows and columns, x and w or their transposes, from zero, from a bias, or on top."""
-    check_product(m, n, k, start, x_turned, w_turned, seed)
-
-
-@settings(max_examples=20)
+@settings(max_examples=500)
 @given(
-    m=st.integers(MANY, MANY + 20), more=st.integers(0, 3 * LANES), k=st.integers(1, 2 * DEPTH + 9), **WAYS
+    m=st.integers(1, 35),
+    n=st.integers(LANES, 8 * LANES + 3),
+    k=st.integers(1, 70),
+    whole=st.booleans(),
+    **WAYS,
 )
-def test_large_products(m, more, k, start, x_turned, w_turned, seed):
+def test_products(m, n, k, kind, start, x_turned, w_turned, seed, whole):
+    """Any number of rows and columns, x and w or their transposes, from zero, from a bias, or on top."""
+    check_product(m, n, k, kind, start, x_turned, w_turned, seed, whole)
+
+
+@settings(max_examples=40)
+@given(m=st.integers(MANY, 4 * MANY), more=st.integers(0, 3 * LANES), k=st.integers(1, 2 * DEPTH + 9), **WAYS)
+def test_large_products(m, more, k, kind, start, x_turned, w_turned, seed):
     """Those that go by panels of w, and long sums in parts."""
-    check_product(m, LARGE // k + LANES + more, k, start, x_turned, w_turned, seed)
+    check_product(m, LARGE // k + LANES + more, k, kind, start, x_turned, w_turned, seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("x_turned", [False, True])
+@pytest.mark.parametrize(
+    ("m", "k"), [(ROWS + 9, BLOCK // ROWS + 1), (pairs.BLOCK // (2 * LANES) + 1, 4 * LANES - 3)]
+)
+def test_many_rows(m, k, x_turned, kind):
+    """Those whose rows come in several blocks."""
+    check_product(m, LANES + 3, k, kind, "y", x_turned, False, 0)
 
 
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(13, 3 * LANES + 5, 40), (MANY + 3, LANES + 1 + LARGE // 999, 999)]
 )
 @pytest.mark.parametrize("w_turned", [False, True])
-def test_a_row_comes_out_the_same_in_any_company(m, n, k, w_turned):
-    y, x, w = check_product(m, n, k, "zero", False, w_turned, 0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_comes_out_the_same_in_any_company(m, n, k, w_turned, kind):
+    y, x, w = check_product(m, n, k, kind, "zero", False, w_turned, 0)
     alone = np.empty((1, n), "f4")
     for row in range(m):
-        multiply(alone, n, np.ascontiguousarray(x[row]), k, 1, *stored(w, w_turned), 1, n, k)
+        x_row = np.ascontiguousarray(x[row])
+        PRODUCTS[kind](alone, n, 0, 0, x_row, k, 1, *laid_out(w, w_turned), 1, n, k)
         assert (alone[0] == y[row]).all()
+
+
+def test_bfloat16_at_the_ends_of_its_range():
+    """Infinity and NaN stay what they are; the largest float32s are nearer to infinity."""
+    x = np.ones((1, 2), "f4")
+    w = np.zeros((2, 2 * LANES), "f4")
+    w[0, :6] = np.inf, np.nan, 3.4e38, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8
+    w[1, 0] = 1
+    y = np.empty((1, 2 * LANES), "f4")
+    PRODUCTS["bf16"](y, 2 * LANES, 0, 0, x, 2, 1, w, 2 * LANES, 1, 1, 2 * LANES, 2)
+    np.testing.assert_array_equal(y[0, :6], [np.inf, np.nan, np.inf, -np.inf, 1, 1 + 2**-6])
+
+
+BITS = """
+import hashlib
+import numpy as np
+from tapeless.ops.cpu.native import bf16_path
+from tapeless.ops.cpu.routines import from_python
+
+rng, bits = np.random.default_rng(0), hashlib.sha256()
+for m, n, k in ((5, 70, 9), (40, 65, 801)):
+    x, w, y = (rng.normal(size=shape).astype("f4") for shape in ((m, k), (k, n), (m, n)))
+    to, source, factor = (a.ctypes.data for a in (y, x, w))
+    from_python("product_bf16")(to, n, to, n, source, k, 1, factor, n, 1, m, n, k)
+    bits.update(y.tobytes())
+print(bf16_path(), bits.hexdigest())
+"""
+
+
+def test_every_processor_gets_the_same_bits(child):
+    """Products of bfloat16 do not depend on vectors, nor on instructions for them."""
+    name, features = native.processor()
+    if native.bf16_path() == "emulated":
+        pytest.skip("this processor has no instructions for bfloat16 to compare with")
+    lesser = {name: features.replace("+avx512bf16", "-avx512bf16"), "haswell": "+avx2,+fma,+avx,+bmi,+sse4.2"}
+    path, bits = child(BITS).split()
+    assert path != "emulated"
+    for name, features in lesser.items():
+        assert child(BITS, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features).split() == ["emulated", bits]
 
 
 @settings(max_examples=50)

@@ -335,7 +335,7 @@ def uses(engine: Engine, documents: int) -> str:
     threads = engine.team(documents)
     products = ""
     if engine.config.precision == "bf16":
-        products = f", products in bfloat16 {native.bfloat16()}"
+        products = f", products in bfloat16, {native.bf16_path()}"
     return f"cpu engine ({native.simd()}, {threads} thread{'s' if threads > 1 else ''}, float32{products})"
 
 

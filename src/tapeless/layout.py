@@ -307,13 +307,10 @@ DECAYED = ("wte", "wpe", "wqkv", "wo", "w1", "w2", "head")
 
 
 def stored_parameters(config: GPTConfig) -> tuple[Tensor, ...]:
-    """The parameters as a model reads them that generates in bfloat16: matrices as the upper halves of
-    float32s, and the rest as they are."""
-    kept = ("wpe",) if config.tied else ("wpe", "wte")
-    return tuple(
-        t._replace(dtype="uint16") if t.name in DECAYED and t.name not in kept else t
-        for t in parameters(config)
-    )
+    """The parameters as a model reads them that generates in bfloat16: matrices of the layers and a tied
+    head as the upper halves of float32s, and the rest as they are."""
+    stored = ("wqkv", "wo", "w1", "w2", *(("wte",) if config.tied else ()))
+    return tuple(t._replace(dtype="uint16") if t.name in stored else t for t in parameters(config))
 
 
 def decay_segments(config: GPTConfig) -> np.ndarray:

@@ -22,7 +22,7 @@ def make_ops(precision: str) -> dict[str, Callable]:
     from tapeless.ops.cpu.simd import LANES, load, matrix, store
     from tapeless.ops.cpu.streams import row_product, row_product_turned
 
-    product = make_product()
+    product = make_product(precision)
 
     @jit
     def multiply(y, x, w, b, rows, columns):
@@ -85,7 +85,7 @@ def make_ops(precision: str) -> dict[str, Callable]:
     @jit
     def streamed(rows, w):
         """Whether this is one row times a matrix that is read from memory each time."""
-        return rows.n == 1 and rows.partial.shape[1] >= w.shape[1]
+        return rows.n == 1 and rows.partial.shape[1] >= w.shape[1] and w.shape[1] % LANES == 0
 
     def linear_forward(y, x, w, b, rows):
         if streamed(rows, w):

@@ -33,9 +33,8 @@ YIELD = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
 # Reordering sums is allowed, forgetting that NaN and infinity exist is not.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
-# What compiled code may call: the C library's mathematics, which every process has, and the routines.
+# What compiled code may call beside the routines: the C library's mathematics, which every process has.
 LIBRARY = {
-    "tapeless_product",
     "exp",
     "expf",
     "log",
@@ -75,8 +74,9 @@ class Program:
             notice()
             return compile_object(groups, build())
 
-        link_routines()
-        address = _load(_cached(key, compile_it), "tapeless_entry")
+        code = _cached(key, compile_it)
+        link_routines(code)
+        address = _load(code, "tapeless_entry")
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
         self._tables: dict[int, tuple[Sequence[Any], np.ndarray]] = {}  # each thread's last, and for what
 
@@ -209,6 +209,8 @@ def _emit(function: Callable, name: str, arguments: int) -> bytes:
     """The object code of a C function of this name that calls `function` with int64 arguments."""
     import numba
 
+    from tapeless.ops.cpu.routines import ROUTINES, symbol
+
     dispatcher = jit(function)
     signature = (numba.int64,) * arguments
     dispatcher.compile(signature)
@@ -234,24 +236,31 @@ def _emit(function: Callable, name: str, arguments: int) -> bytes:
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     builder.getModulePassManager().run(module, builder)
     outside = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
-    if strange := sorted(name for name in outside if name not in LIBRARY):
+    if strange := sorted(outside - LIBRARY - {symbol(name) for name in ROUTINES}):
         raise RuntimeError(f"compiled code calls {', '.join(strange)}, which another process will not have")
     return machine.emit_object(module)
 
 
+def link_routines(code: bytes) -> None:
+    """Make the routines that this object code calls known to LLVM."""
+    from tapeless.ops.cpu.routines import ROUTINES, symbol
+
+    for name in ROUTINES:
+        if symbol(name).encode() + b"\0" in code:
+            link_routine(name)
+
+
 @cache
-def link_routines() -> None:
-    """Make the routines that programs call known to LLVM: compiled once for all programs, and all
-    processes."""
-    from tapeless.ops.cpu.product import ROUTINES, make_routine
+def link_routine(name: str) -> int:
+    """The routine's address, known to LLVM; compiled once for all programs, and all processes."""
+    from tapeless.ops.cpu.routines import ROUTINES, make_routine, symbol
 
-    for name, arguments in ROUTINES.items():
-        symbol = f"tapeless_{name}"
+    def compile_it() -> bytes:
+        return _emit(make_routine(name), symbol(name), len(ROUTINES[name]))
 
-        def compile_it(name: str = name, symbol: str = symbol, arguments: int = arguments) -> bytes:
-            return _emit(make_routine(name), symbol, arguments)
-
-        llvm.add_symbol(symbol, _load(_cached(f"routine-{name}", compile_it), symbol))
+    address = _load(_cached(f"routine-{name}", compile_it), symbol(name))
+    llvm.add_symbol(symbol(name), address)
+    return address
 
 
 def _binding(groups: Sequence[Group]) -> Any:
@@ -347,6 +356,11 @@ def simd() -> str:
         if f"+{flag}" in features:
             return label
     return "scalar"
+
+
+def bf16_path() -> str:
+    """How products of bfloat16 are computed here, for people: "AVX512-BF16", or "emulated"."""
+    return "AVX512-BF16" if "+avx512bf16" in processor()[1].split(",") else "emulated"
 
 
 # ---------------------------------------------------------------- the cache

@@ -1,4 +1,4 @@
-"""What this processor can do at most: multiply-adds on vectors that never leave the registers."""
+"""What this machine can do at most: multiply-adds that never leave the registers, and reading memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tapeless.layout import aligned_zeros
 from tapeless.ops.cpu import native
 
 UNROLLED = 4  # multiply-adds of each accumulator in one turn of the loop
+READ = 512  # bytes that one turn of the loop that reads takes
 
 
 def peak_gflops(threads: int = 1, *, seconds: float = 0.01, repeats: int = 20) -> float:
@@ -44,6 +45,32 @@ def peak_gflops(threads: int = 1, *, seconds: float = 0.01, repeats: int = 20) -
     return threads * turns * UNROLLED * chains * lanes * 2 / best / 1e9
 
 
+def bandwidth(threads: int = 1, *, nbytes: int = 1 << 29, repeats: int = 20) -> float:
+    """GB/s that `threads` threads together can read from memory: the best of `repeats` sums of an array
+    of `nbytes`, which should be far more than the caches hold. Each thread reads a part of its own."""
+    total = reader()
+    memory = aligned_zeros(nbytes).view(np.float32)
+    memory[:] = 1  # pages that were never written are one page of zeros
+    parts = [memory[len(memory) * t // threads :] for t in range(threads)]
+    blocks = nbytes // threads // READ
+
+    def read(part: np.ndarray) -> None:
+        result = np.empty(1, np.float32)
+        total(result.ctypes.data, part.ctypes.data, blocks)
+
+    with ThreadPoolExecutor(threads) as pool:
+
+        def measure() -> float:
+            """Seconds until every thread has read its part. They run at once, without the GIL."""
+            began = time.perf_counter()
+            for done in [pool.submit(read, part) for part in parts]:
+                done.result()
+            return time.perf_counter() - began
+
+        best = min(measure() for _ in range(repeats))
+    return threads * blocks * READ / best / 1e9
+
+
 @cache
 def kernel() -> tuple[Callable[[int, int], None], int, int]:
     """The loop peak(turns, address of its vectors), its number of chains, and the floats of a vector."""
@@ -54,6 +81,15 @@ def kernel() -> tuple[Callable[[int, int], None], int, int]:
     code = native._cached("peak", lambda: native._emit(_make(chains, LANES), "tapeless_peak", 2))
     loop = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(native._load(code, "tapeless_peak"))
     return loop, chains, LANES
+
+
+@cache
+def reader() -> Callable[[int, int, int], None]:
+    """The loop total(address of a float, address, number): that float is the sum of so many READ bytes."""
+    from tapeless.ops.cpu.simd import LANES
+
+    code = native._cached("reader", lambda: native._emit(_make_reader(LANES), "tapeless_total", 3))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(native._load(code, "tapeless_total"))
 
 
 def _make(chains: int, lanes: int) -> Callable:
@@ -108,3 +144,54 @@ def _make(chains: int, lanes: int) -> Callable:
         loop(turns, vectors)
 
     return peak
+
+
+def _make_reader(lanes: int) -> Callable:
+    """total(result, data, blocks): the sum of floats, a vector of sums for each vector of a block."""
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    from tapeless.ops.cpu.simd import fold
+
+    word, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), lanes)
+    size = 4 * lanes
+
+    @intrinsic
+    def read(typing_context, result, data, blocks):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            result, data, blocks = args
+            before = builder.block
+            loop, done = builder.append_basic_block("block"), builder.append_basic_block("done")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            i = builder.phi(word)
+            sums = [builder.phi(vector) for _ in range(READ // size)]
+            place = builder.add(data, builder.mul(i, ir.Constant(word, READ)))
+            new = []
+            for k, s in enumerate(sums):
+                at = builder.inttoptr(builder.add(place, ir.Constant(word, k * size)), vector.as_pointer())
+                new.append(builder.fadd(s, builder.load(at, align=4)))
+            following = builder.add(i, ir.Constant(word, 1))
+            i.add_incoming(ir.Constant(word, 0), before)
+            i.add_incoming(following, loop)
+            for s, value in zip(sums, new, strict=True):
+                s.add_incoming(ir.Constant(vector, [0.0] * lanes), before)
+                s.add_incoming(value, loop)
+            builder.cbranch(builder.icmp_signed("<", following, blocks), loop, done)
+            builder.position_at_end(done)
+            whole = new[0]
+            for value in new[1:]:
+                whole = builder.fadd(whole, value)
+            place = builder.inttoptr(result, ir.FloatType().as_pointer())
+            builder.store(fold(builder, whole, builder.fadd), place)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), codegen
+
+    loop: Any = read  # called without a typing context
+
+    def total(result, data, blocks):
+        loop(result, data, blocks)
+
+    return total

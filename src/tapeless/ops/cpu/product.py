@@ -1,8 +1,7 @@
 """Matrix products by register tiles: one routine for y = x·w + b, dx = dy·wᵀ and dw += xᵀ·dy.
 
-The routine is compiled once for the processor, into object code of its own that every program is
-linked with. What programs call is the intrinsic that `make_product` makes; `matmul` calls it from
-Python, on all cores. It allocates nothing and keeps no state, so any number of threads may call it.
+What programs call is the intrinsic that `make_product` makes; `matmul` calls the routine from Python, on
+all cores.
 
 Each y[r, c] is one chain of multiply-adds in the order of the sum, however large the product is and
 however it is cut into tiles: a row comes out the same, bit for bit, in any company and on any thread.
@@ -10,7 +9,6 @@ however it is cut into tiles: a row comes out the same, bit for bit, in any comp
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,24 +16,58 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 
-from tapeless.ops.cpu.native import jit, link_routines
-
-# The routines by name, and their number of arguments, all int64 (arrays by address).
-ROUTINES = {"product": 13}
+from tapeless.ops.cpu.native import jit
+from tapeless.ops.cpu.routines import from_python, make_call
 
 # A panel of w is copied to where it lies without gaps, unless w is small enough for the caches or too
 # few rows need it. Of a long sum, DEPTH terms at a time: 144 KB on the stack with AVX-512, in L2.
 DEPTH = 768
 LARGE = 1 << 16
 MANY = 32
+# Many rows come in blocks of at least ROWS, or of BLOCK numbers of x, 512 KB: they stay in L2 while the
+# panels of w pass by.
+ROWS, BLOCK = 256, 1 << 17
 # Multiply-adds that are worth a part of their own, where threads share a product.
 PART = 20_000_000
 
 
-def make_routine(name: str) -> Callable:
+def make_panel(arithmetic: Any) -> tuple[Any, Any, Any]:
+    """What multiplies by one panel of w after the other, with this arithmetic (of `tiles.py`): the tile,
+    all tiles of a panel, and the width of the next panel."""
+    from tapeless.ops.cpu.tiles import TALLEST, WIDEST, make_tile
+
+    tile = make_tile(arithmetic)
+
+    @jit
+    def panel_width(left):
+        """Vectors of the next panel. One that is shifted to the left, to end with the row, needs its
+        neighbour in the same panel: so a panel of a single vector comes alone or first."""
+        if WIDEST == 2:
+            return 2 - left % 2
+        return 3 if left == 3 or left > 4 else min(left, 2)
+
+    def all_rows(vecs, y, ldy, start, ld_start, x, row, term, w, ldw, m, k, shift):
+        """All rows of a panel, by tiles of nearly the same height."""
+        count = (m + TALLEST[vecs - 1] - 1) // TALLEST[vecs - 1]
+        rows = m // count
+        lower = count * (rows + 1) - m
+        rows += 1
+        while count > 0:
+            if count == lower:
+                rows -= 1
+            tile(rows, vecs, 0, 0, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift)
+            y += 4 * rows * ldy
+            start += 4 * rows * ld_start
+            x += 4 * rows * row
+            count -= 1
+
+    # In one module with the routine: each has its own tiles.
+    return tile, jit(all_rows, inline="always"), panel_width
+
+
+def make_routine() -> Callable:
     """The routine to compile.
 
     product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
@@ -45,23 +77,11 @@ def make_routine(name: str) -> Callable:
     i·w_term + c·column of w, so the steps are (C, 1) for a matrix [·, C] as it is and (1, C) for its
     transpose; one of w's must be 1.
     """
-    from tapeless.ops.cpu import tiles
+    from tapeless.ops.cpu.simd import LANES
+    from tapeless.ops.cpu.tiles import FLOATS, TALLEST, WIDEST, copy_one, scratch, transpose_block
 
-    return {"product": _product}[name](tiles)
-
-
-def _product(tiles: Any) -> Callable:
-    LANES, WIDEST, TALLEST = tiles.LANES, tiles.WIDEST, tiles.TALLEST
-    tile, transpose_block, copy_one = tiles.tile, tiles.transpose_block, tiles.copy_one
-    panel_scratch = tiles.scratch(DEPTH * WIDEST * LANES)
-
-    @jit
-    def panel_width(left):
-        """Vectors of the next panel. One that is shifted to the left, to end with the row, needs its
-        neighbour in the same panel: so a panel of a single vector comes alone or first."""
-        if WIDEST == 2:
-            return 2 - left % 2
-        return 3 if left == 3 or left > 4 else min(left, 2)
+    tile, panel, panel_width = make_panel(FLOATS)
+    panel_scratch = scratch(DEPTH * WIDEST * LANES)
 
     @jit
     def turn(y, x, ldx, m, n):
@@ -77,24 +97,8 @@ def _product(tiles: Any) -> Callable:
                 r = min(row, m - LANES)
                 transpose_block(y, r * n + c, n, x, c * ldx + r, ldx)
 
-    def all_rows(vecs, y, ldy, start, ld_start, x, row, term, w, ldw, m, k, shift):
-        """All rows of a panel, by tiles of nearly the same height."""
-        count = (m + TALLEST[vecs - 1] - 1) // TALLEST[vecs - 1]
-        rows = m // count
-        lower = count * (rows + 1) - m
-        rows += 1
-        while count > 0:
-            if count == lower:
-                rows -= 1
-            tile(rows, vecs, 0, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift)
-            y += 4 * rows * ldy
-            start += 4 * rows * ld_start
-            x += 4 * rows * row
-            count -= 1
-
-    panel = jit(all_rows, inline="always")  # in one module with `product`: each has its own tiles
-
-    def product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
+    @jit
+    def block(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
         kept = panel_scratch()
         turns = column != 1
         keeps = not turns and m >= MANY and k * n > LARGE
@@ -116,7 +120,8 @@ def _product(tiles: Any) -> Callable:
                     wc, ldw = kept, columns
                 elif keeps:  # the first tile copies what it reads
                     tall = TALLEST[vecs - 1]
-                    tile(tall, vecs, kept, yc, ldy, sc, ld_start, xr, row, term, wc, ldw, deep, shift)
+                    ld = columns
+                    tile(tall, vecs, kept, ld, yc, ldy, sc, ld_start, xr, row, term, wc, ldw, deep, shift)
                     yc, sc, xr = yc + 4 * tall * ldy, sc + 4 * tall * ld_start, xr + 4 * tall * row
                     rows -= tall
                     wc, ldw = kept, columns
@@ -128,41 +133,25 @@ def _product(tiles: Any) -> Callable:
             k -= deep
             blocks -= 1
 
-    return product
-
-
-@cache
-def make_product() -> Any:
-    """An intrinsic that calls the routine, with arrays (or 0) in place of addresses."""
-    from llvmlite import ir
-    from numba import types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
-    from numba.np import arrayobj
-
-    word = ir.IntType(64)
-
-    @intrinsic
-    def product(typing_context, y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
-        kinds = (y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k)
-
-        def codegen(context, builder, signature, args):
-            numbers = []
-            for kind, value in zip(signature.args, args, strict=True):
-                if isinstance(kind, types.Array):
-                    data = arrayobj.make_array(kind)(context, builder, value).data
-                    numbers.append(builder.ptrtoint(data, word))
-                else:
-                    numbers.append(value)
-            routine = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(ir.VoidType(), [word] * len(numbers)), "tapeless_product"
-            )
-            builder.call(routine, numbers)
-            return context.get_dummy_value()
-
-        return types.void(*(k if isinstance(k, types.Array) else types.int64 for k in kinds)), codegen
+    def product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
+        most = max(ROWS, BLOCK // min(k, DEPTH))
+        blocks = (m + most - 1) // most
+        while blocks > 0:
+            rows = (m + blocks - 1) // blocks
+            block(y, ldy, start, ld_start, x, row, term, w, w_term, column, rows, n, k)
+            y += 4 * rows * ldy
+            start += 4 * rows * ld_start
+            x += 4 * rows * row
+            m -= rows
+            blocks -= 1
 
     return product
+
+
+def make_product(precision: str = "float32") -> Any:
+    """An intrinsic that calls the routine, with arrays (or 0) in place of addresses. With precision
+    "bf16" operands are rounded to that (see `pairs.py`)."""
+    return make_call({"float32": "product", "bf16": "product_bf16"}[precision])
 
 
 # ---------------------------------------------------------------- from Python
@@ -183,7 +172,7 @@ def matmul(y: np.ndarray, x: np.ndarray, w: np.ndarray, threads: int | None = No
     (m, k), n = x.shape, w.shape[1]
     ldy, row, term, w_term, column = (s // 4 for s in (y.strides[0], *x.strides, *w.strides))
     addresses = y.ctypes.data, x.ctypes.data, w.ctypes.data
-    routine = _routine()
+    routine = from_python("product")
 
     def part(r: int, c: int, rows: int, columns: int) -> None:
         ya, xa, wa = (
@@ -227,13 +216,6 @@ def _check(y: np.ndarray, x: np.ndarray, w: np.ndarray, lanes: int) -> None:
             f"expected float32 y [m, n], x [m, k] and w [k, n] with m, k ≥ 1 and n ≥ {lanes}, the rows of y "
             f"and of w or wᵀ contiguous, y writeable; got {got}."
         )
-
-
-@cache
-def _routine() -> Callable[..., None]:
-    link_routines()
-    address = llvm.address_of_symbol("tapeless_product")
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * ROUTINES["product"])(address)
 
 
 @cache

@@ -32,7 +32,7 @@ _FEATURES = processor()[1].split(",")
 LANES = 16 if "+avx512f" in _FEATURES else 8 if "+avx" in _FEATURES else 4
 REGISTERS = 32 if "+avx512f" in _FEATURES or "+neon" in _FEATURES else 16
 
-I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I1, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (1, 16, 32, 64)), ir.FloatType())
 VEC, MASK, WORDS = (ir.VectorType(t, LANES) for t in (F32, I1, I32))
 
 
@@ -66,29 +66,47 @@ def constant(n: int) -> ir.Constant:
     return ir.Constant(I64, n)
 
 
-def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+def call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     kind = ir.FunctionType(result, [a.type for a in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, f"llvm.fmuladd.v{LANES}f32", VEC, [a, b, c])
+    return call(builder, f"llvm.fmuladd.v{LANES}f32", VEC, [a, b, c])
 
 
-def broadcast(builder: Any, scalar: Any) -> Any:
-    undef = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+def broadcast(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
+    undef = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     one = builder.insert_element(undef, scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(one, undef, ir.Constant(WORDS, [0] * LANES))
+    return builder.shuffle_vector(one, undef, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def _shuffle(builder: Any, value: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(value, value, ir.Constant(WORDS, lanes))
 
 
-def _lanes_below(builder: Any, count: Any) -> Any:
+def _lanes_below(builder: Any, count: Any, lanes: int = LANES) -> Any:
     """The mask of lanes 0 … count − 1."""
-    numbers = ir.Constant(WORDS, list(range(LANES)))
-    return builder.icmp_signed("<", numbers, broadcast(builder, builder.trunc(count, I32)))
+    numbers = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", numbers, broadcast(builder, builder.trunc(count, I32), lanes))
+
+
+def _masked(kind: Any) -> tuple[str, ir.Constant]:
+    """What LLVM calls a vector in memory, and how such a vector may lie there."""
+    size = 4 if kind.element == F32 else kind.element.width // 8
+    return f"v{kind.count}{'f' if kind.element == F32 else 'i'}{8 * size}.p0", ir.Constant(I32, size)
+
+
+def load_first(builder: Any, kind: Any, place: Any, count: Any) -> Any:
+    """The first `count` lanes of a vector in memory; the others are 0, and not read."""
+    (name, align), some = _masked(kind), _lanes_below(builder, count, kind.count)
+    return call(builder, f"llvm.masked.load.{name}", kind, [place, align, some, kind(None)])
+
+
+def store_first(builder: Any, value: Any, place: Any, count: Any) -> None:
+    """Let the first `count` lanes of a vector in memory be these; the others are not touched."""
+    (name, align), some = _masked(value.type), _lanes_below(builder, count, value.type.count)
+    call(builder, f"llvm.masked.store.{name}", ir.VoidType(), [value, place, align, some])
 
 
 def _as_vector(context: Any, builder: Any, kind: Any, value: Any) -> Any:
@@ -183,8 +201,7 @@ def _load(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
         with then:
             every, block = builder.load(place, align=4), builder.block
         with otherwise:
-            arguments = [place, ir.Constant(I32, 4), _lanes_below(builder, left), ZERO]
-            some = _call(builder, f"llvm.masked.load.v{LANES}f32.p0", VEC, arguments)
+            some = load_first(builder, VEC, place, left)
             other = builder.block
     result = builder.phi(VEC)
     result.add_incoming(every, block)
@@ -221,9 +238,7 @@ def store(typing_context, value, array, *index):
             with then:
                 builder.store(value, place, align=4)
             with otherwise:
-                name = f"llvm.masked.store.v{LANES}f32.p0"
-                some = _lanes_below(builder, left)
-                _call(builder, name, ir.VoidType(), [value, place, ir.Constant(I32, 4), some])
+                store_first(builder, value, place, left)
         return context.get_dummy_value()
 
     return types.void(value, array, types.StarArgTuple.from_types(tuple(kinds))), codegen
@@ -233,9 +248,10 @@ def store(typing_context, value, array, *index):
 def matrix(typing_context, array, offset, rows, columns, stride):
     """The 2-D view of `rows` rows of `columns` numbers, `stride` apart, whose first is number `offset` of
     the array's data. Nothing is checked."""
-    kind, size = types.Array(array.dtype, 2, "A"), array.dtype.bitwidth // 8
+    kind = types.Array(array.dtype, 2, "A")
 
     def codegen(context, builder, sig, args):
+        size = context.get_abi_sizeof(context.get_data_type(array.dtype))
         data = arrayobj.make_array(sig.args[0])(context, builder, args[0]).data
         view = arrayobj.make_array(kind)(context, builder)
         arrayobj.populate_array(
@@ -291,7 +307,7 @@ def first(builder, count, a, b):
     return builder.select(_lanes_below(builder, count), a, b)
 
 
-def _fold(builder: Any, value: Any, combine: Callable) -> Any:
+def fold(builder: Any, value: Any, combine: Callable) -> Any:
     """Lane 0 of log₂ LANES rounds of combining one half with the other."""
     half = LANES // 2
     while half:
@@ -303,13 +319,13 @@ def _fold(builder: Any, value: Any, combine: Callable) -> Any:
 @_intrinsic(types.float32, vector)
 def hsum(builder, a):
     """The sum of all lanes."""
-    return _fold(builder, a, builder.fadd)
+    return fold(builder, a, builder.fadd)
 
 
 @_intrinsic(types.float32, vector)
 def hmax(builder, a):
     """The greatest of all lanes."""
-    return _fold(builder, a, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+    return fold(builder, a, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
 
 @_intrinsic(vector, vector, types.int64)
@@ -353,7 +369,7 @@ def collect(builder, a, size):
 def rounded(builder, a):
     """To the nearest whole number, for |a| < 2³¹."""
     if any(f in _FEATURES for f in ("+sse4.1", "+avx", "+neon")):
-        return _call(builder, f"llvm.rint.v{LANES}f32", VEC, [a])
+        return call(builder, f"llvm.rint.v{LANES}f32", VEC, [a])
     half = builder.select(builder.fcmp_ordered("<", a, ZERO), _all(-0.5), _all(0.5))
     return builder.sitofp(builder.fptosi(builder.fadd(a, half), WORDS), VEC)
 

@@ -18,13 +18,14 @@ from numba.np import arrayobj
 from tapeless.ops.cpu.native import jit
 from tapeless.ops.cpu.share import meet, part
 from tapeless.ops.cpu.simd import (
+    I16,
     LANES,
     VEC,
     WORDS,
     ZERO,
-    _fold,
     broadcast,
     constant,
+    fold,
     intrinsic,
     load,
     multiply_add,
@@ -35,7 +36,6 @@ from tapeless.ops.cpu.simd import (
 # Streams that are read at a time: rows of w that lie a quarter of the whole apart. Of rows one after the
 # other, the processor would see several streams in one page of memory, and fetch none of them in time.
 STREAMS = 4
-I16 = ir.IntType(16)
 
 
 def _vector(builder: Any, base: Any, index: Any) -> Any:
@@ -114,7 +114,7 @@ def _make_dots(tall: int) -> Any:
                     term = _vector(builder, start, c)
                     builder.store(multiply_add(builder, factor, term, builder.load(total)), total)
             for row, total in zip(rows, sums, strict=True):
-                builder.store(_fold(builder, builder.load(total), builder.fadd), builder.gep(y, [row]))
+                builder.store(fold(builder, builder.load(total), builder.fadd), builder.gep(y, [row]))
             return context.get_dummy_value()
 
         n = types.int64

@@ -7,20 +7,23 @@ every step, since Numba's arguments may overlap for all that LLVM knows.) Matric
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
 
 from tapeless.ops.cpu.simd import (
     F32,
+    I32,
     I64,
     LANES,
     REGISTERS,
     VEC,
     ZERO,
     broadcast,
+    call,
     constant,
     intrinsic,
     multiply_add,
@@ -30,6 +33,10 @@ from tapeless.ops.cpu.simd import (
 
 def _floats(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, F32.as_pointer())
+
+
+def _after(builder: Any, address: Any, numbers: Any) -> Any:
+    return builder.add(address, builder.mul(numbers, constant(4)))
 
 
 def _load(builder: Any, data: Any, index: Any) -> Any:
@@ -47,54 +54,89 @@ WIDEST = 3 if REGISTERS == 32 else 2
 TALLEST = tuple(min(8, (REGISTERS - 2 - vecs) // vecs) for vecs in range(1, WIDEST + 1))
 
 
-@intrinsic
-def tile(typing_context, rows, vecs, keep, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift):
-    """The register tile  y[r, c] = start[r, c] + Σ_i x[r, i]·w[i, c]  of `rows` rows and `vecs` vectors.
+LINE = 64  # bytes that memory delivers together
 
-    Each size, up to WIDEST vectors and TALLEST[vecs - 1] rows, has a function of its own. All matrices
-    are given by the address of the tile's first number: rows of y, start and w are ldy, ld_start and
-    ldw numbers apart, and x[r, i] is number r·row + i·term. `start` is 0 to begin from zero. The last
-    vector lies `shift` to the left of where it would follow, to end with the row; what it shares with
-    the one before is computed twice and stored alike. Unless `keep` is 0, the tile must be of the tallest
-    size, and copies what it reads of w to that address, in rows without gaps. k ≥ 1.
+
+class Arithmetic(NamedTuple):
+    """What a kind of tile does with vectors; `name` is its functions'."""
+
+    name: str
+    multiply: Callable[..., Any]  # (builder, x, w, sum): x·w + sum
+    aside: Callable[..., None]  # (builder, a row's address, where each vector begins in it, vectors of w)
+    fence: bool = False  # whether the rows' instructions must be kept apart, lest registers run out
+    fetch: bool = False  # whether to fetch the rows of y below the tile, where the next tile will begin
+
+
+def _keep(builder: Any, row: Any, places: list[Any], weights: list[Any]) -> None:
+    for place, value in zip(places, weights, strict=True):
+        _store(builder, value, _floats(builder, row), place)
+
+
+FLOATS = Arithmetic("floats", multiply_add, _keep)
+
+
+def fetch(builder: Any, address: Any, write: bool) -> None:
+    """Have a line of memory brought to the caches, if there is one at this address: L1 to write, or L2."""
+    place = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    how = [ir.Constant(I32, value) for value in ((1, 3, 1) if write else (0, 2, 1))]
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *how])
+
+
+def make_tile(arithmetic: Arithmetic) -> Any:
+    """An intrinsic: the register tile  y[r, c] = start[r, c] + Σ_i x[r, i]·w[i, c].
+
+    tile(rows, vecs, aside, ld_aside, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift): `rows` rows
+    and `vecs` vectors. Each size, up to WIDEST vectors and TALLEST[vecs - 1] rows, has a function of its
+    own. All matrices are given by the address of the tile's first number: rows of y, start and w are ldy,
+    ld_start and ldw numbers apart, and x[r, i] is number r·row + i·term. `start` is 0 to begin from zero.
+    The last vector lies `shift` to the left of where it would follow, to end with the row; what it shares
+    with the one before is computed twice and stored alike. k ≥ 1.
+
+    Unless `aside` is 0, the tile must be of the tallest size; it does something aside with each row of w,
+    and with an address that begins as `aside` and goes on by ld_aside numbers: tiles of FLOATS copy the
+    row to there, those of pairs of bfloat16s fetch what is there.
     """
 
-    def codegen(context, builder, signature, args):
-        rows, vecs, *rest = args
-        keeping = builder.icmp_signed("!=", rest[0], constant(0))
-        column = builder.mul(builder.sub(vecs, constant(1)), constant(max(TALLEST) + 1))
-        at = builder.add(column, builder.select(keeping, constant(0), rows))
-        function = builder.load(builder.gep(_tiles(builder.module), [constant(0), at]))
-        builder.call(function, rest)
-        return context.get_dummy_value()
+    @intrinsic
+    def tile(context, rows, vecs, aside, ld_aside, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift):
+        def codegen(context, builder, signature, args):
+            rows, vecs, *rest = args
+            beside = builder.icmp_signed("!=", rest[0], constant(0))
+            column = builder.mul(builder.sub(vecs, constant(1)), constant(max(TALLEST) + 1))
+            at = builder.add(column, builder.select(beside, constant(0), rows))
+            table = _tiles(builder.module, arithmetic)
+            builder.call(builder.load(builder.gep(table, [constant(0), at])), rest)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 14), codegen
+        return types.void(*[types.int64] * 15), codegen
+
+    return tile
 
 
-def _tiles(module: Any) -> Any:
-    """The functions of all sizes as a table in this module: for each width the one that keeps what it
-    reads of w, then those of 1, 2, … rows."""
-    if "tiles" in module.globals:
-        return module.get_global("tiles")
-    kind = ir.FunctionType(ir.VoidType(), [I64] * 12)
+def _tiles(module: Any, arithmetic: Arithmetic) -> Any:
+    """The functions of all sizes as a table in this module: for each width the one that does something
+    aside, then those of 1, 2, … rows."""
+    if arithmetic.name in module.globals:
+        return module.get_global(arithmetic.name)
+    kind = ir.FunctionType(ir.VoidType(), [I64] * 13)
     functions = []
     for vecs, tallest in enumerate(TALLEST, 1):
-        functions.append(_tile(module, kind, tallest, vecs, keeps=True))
-        heights = [_tile(module, kind, rows, vecs) for rows in range(1, tallest + 1)]
+        functions.append(_tile(module, kind, arithmetic, tallest, vecs, aside=True))
+        heights = [_tile(module, kind, arithmetic, rows, vecs) for rows in range(1, tallest + 1)]
         functions += heights + heights[-1:] * (max(TALLEST) - tallest)
-    table = ir.GlobalVariable(module, ir.ArrayType(kind.as_pointer(), len(functions)), "tiles")
+    table = ir.GlobalVariable(module, ir.ArrayType(kind.as_pointer(), len(functions)), arithmetic.name)
     table.linkage, table.global_constant = "internal", True
     table.initializer = ir.Constant(table.value_type, functions)
     return table
 
 
-def _tile(module: Any, kind: Any, rows: int, vecs: int, keeps: bool = False) -> Any:
+def _tile(module: Any, kind: Any, how: Arithmetic, rows: int, vecs: int, aside: bool = False) -> Any:
     """The function for a tile of this size."""
-    function = ir.Function(module, kind, f"tile_{rows}x{vecs}{'_keeping' if keeps else ''}")
+    function = ir.Function(module, kind, f"{how.name}_{rows}x{vecs}{'_aside' if aside else ''}")
     function.linkage = "internal"
-    keep, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift = function.args
+    other, ld_other, y, ldy, start, ld_start, x, row, term, w, ldw, k, shift = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    kept, ydata, sdata, xdata, wdata = (_floats(builder, address) for address in (keep, y, start, x, w))
+    ydata, sdata, xdata, wdata = (_floats(builder, address) for address in (y, start, x, w))
     places = [constant(c * LANES) for c in range(vecs)]
     places[-1] = builder.sub(places[-1], shift)
     cells = [(r, c) for r in range(rows) for c in range(vecs)]
@@ -104,6 +146,10 @@ def _tile(module: Any, kind: Any, rows: int, vecs: int, keeps: bool = False) -> 
         firsts = [builder.mul(ld, constant(r)) for r in range(rows)]
         return [builder.add(firsts[r], places[c]) for r, c in cells]
 
+    if how.fetch:
+        below = builder.mul(ldy, constant(rows))
+        for at in each(ldy):
+            fetch(builder, _after(builder, y, builder.add(at, below)), write=True)
     before = builder.block
     begin, loop, end = (builder.append_basic_block(name) for name in ("begin", "loop", "end"))
     builder.cbranch(builder.icmp_signed("!=", start, constant(0)), begin, loop)
@@ -115,15 +161,15 @@ def _tile(module: Any, kind: Any, rows: int, vecs: int, keeps: bool = False) -> 
     i, sums = builder.phi(I64), [builder.phi(VEC) for _ in cells]
     row_of_w, column_of_x = builder.mul(i, ldw), builder.mul(i, term)
     weights = [_load(builder, wdata, builder.add(row_of_w, place)) for place in places]
-    if keeps:
-        row_of_kept = builder.mul(i, builder.sub(constant(vecs * LANES), shift))
-        for place, value in zip(places, weights, strict=True):
-            _store(builder, value, kept, builder.add(row_of_kept, place))
-    factors = []
+    if aside:
+        how.aside(builder, _after(builder, other, builder.mul(i, ld_other)), places, weights)
+    new = []
     for r in range(rows):
         at = builder.add(builder.mul(row, constant(r)), column_of_x)
-        factors.append(broadcast(builder, builder.load(builder.gep(xdata, [at]))))
-    new = [multiply_add(builder, factors[r], weights[c], s) for (r, c), s in zip(cells, sums, strict=True)]
+        factor = broadcast(builder, builder.load(builder.gep(xdata, [at])))
+        new += [how.multiply(builder, factor, weights[c], sums[r * vecs + c]) for c in range(vecs)]
+        if how.fence:
+            builder.fence("acq_rel", "singlethread")  # orders nothing but the compiler
     following = builder.add(i, constant(1))
     i.add_incoming(constant(0), before)
     i.add_incoming(constant(0), begin)
