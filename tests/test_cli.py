@@ -71,6 +71,14 @@ def test_presets_fit_80_columns(tmp_path):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_the_first_command_of_all(tmp_path):
+    """Nothing given: microgpt on the built-in names."""
+    result = succeeds("train", cwd=tmp_path)
+    assert "microgpt: 4,192 parameters · names" in result.stderr
+    assert len(result.stdout.splitlines()) == 20
+    assert "tapeless sample runs/microgpt-1" in result.stderr
+
+
 def test_training_speaks_plainly_into_a_pipe(tmp_path):
     result = succeeds("train", *SMALL, cwd=tmp_path)
     lines = result.stderr.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ class Train(TyperCommand):
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
         full = []
-        for word, following in zip(args, [*args[1:], "-"], strict=True):
+        for word, following in pairwise([*args, "-"]):
             full += [word, ""] if word == "--pretrained" and following.startswith("-") else [word]
         return super().parse_args(context, full)
 
