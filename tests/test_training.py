@@ -540,6 +540,26 @@ def test_vocabularies_that_differ(here, tmp_path):
     assert re.fullmatch(r"\d+ \d+ \d+\n", told)  # what lies beside a file need not be its tokenizer
 
 
+@pytest.mark.parametrize("preset", ["gpt2", "microgpt"])
+def test_shards_bring_their_tokenizer(preset, here, tmp_path):
+    """The vocabulary is theirs, they are read in sequence whatever the preset, and texts are texts."""
+    succeeds("tokenize", here / "text.txt", "--tokenizer", "chars", "--out", "data", cwd=tmp_path)
+    sizes = [word for name in ("n_layer=1", "n_head=2", "n_embd=8") for word in ("--set", name)]
+    arguments = (
+        "--preset", preset, *sizes, "--block-size", "16", "--batch-size", "2", "--steps", "5",
+        "--samples", "2", "--engine", "reference", "--set", "max_tokens=9", "--out", "run",
+    )  # fmt: skip
+    texts = succeeds("train", "data", *arguments, cwd=tmp_path).stdout
+    assert set(texts) <= set(LETTERS.chars) | {"-"}
+    about = json.loads((tmp_path / "run/config.json").read_text())
+    assert (about["model"]["vocab_size"], about["training"]["order"]) == (27, "sequence")
+    assert about["val_digest"] is not None
+    # Going on needs no tokenizer but the run's own.
+    (tmp_path / "data/tokenizer.json").unlink()
+    succeeds("train", "--resume", "--out", "run", "--steps", "6", cwd=tmp_path)
+    assert tl.load(tmp_path / "run").tokenizer == LETTERS
+
+
 # ---------------------------------------------------------------- learning, and how fast
 
 
