@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 COMMAND = [sys.executable, "-m", "tapeless"]
 SMALL = ("--engine", "reference", "--steps", "20", "--samples", "2")
@@ -31,6 +34,26 @@ def start(*arguments: Any, cwd: Path) -> subprocess.Popen[str]:
         [*COMMAND, *map(str, arguments)],
         cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
     )  # fmt: skip
+
+
+def on_a_terminal(*arguments: Any, cwd: Path) -> str:
+    """What a command shows on a terminal of 120 columns, without colours and moves of the cursor."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    environ = environment(COLUMNS="120", TERM="xterm-256color")
+    with subprocess.Popen([*COMMAND, *arguments], cwd=cwd, env=environ, stderr=slave, stdout=slave):
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                some = os.read(master, 65536)
+            except OSError:  # the other end is closed
+                break
+            if not some:
+                break
+            shown += some
+    os.close(master)
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
 
 
 def succeeds(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:

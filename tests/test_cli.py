@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from commands import COMMAND, SMALL, environment, refused, start, succeeds, tapeless
+from commands import COMMAND, SMALL, environment, on_a_terminal, refused, start, succeeds, tapeless
 
 
 @pytest.fixture(scope="module")
@@ -95,23 +95,8 @@ def test_training_speaks_plainly_into_a_pipe(tmp_path):
 
 
 def test_training_shows_a_bar_on_a_terminal(tmp_path):
-    pty = pytest.importorskip("pty")
-    master, slave = pty.openpty()
     arguments = ["train", "--engine", "reference", "--steps", "1500", "--samples", "0", "--out", "run"]
-    environ = environment(COLUMNS="120", TERM="xterm-256color")
-    with subprocess.Popen([*COMMAND, *arguments], cwd=tmp_path, env=environ, stderr=slave, stdout=slave):
-        os.close(slave)
-        shown = b""
-        while True:
-            try:
-                some = os.read(master, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not some:
-                break
-            shown += some
-    os.close(master)
-    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+    text = on_a_terminal(*arguments, cwd=tmp_path)
     assert re.search(r"step +\d+/1500 .*loss \d\.\d{4} [\d,]+ steps/s \d:\d\d:\d\d left", text)
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commands import COMMAND, contents, environment, refused, succeeds
+from commands import COMMAND, contents, environment, on_a_terminal, refused, succeeds
 from shard_files import read_shard
 from tapeless.data import texts as texts_module
 from tapeless.data.bpe import train_bpe
@@ -187,25 +187,7 @@ def test_the_number_of_processes_changes_nothing(large):
 
 
 def test_a_bar_on_a_terminal(large):
-    pty = pytest.importorskip("pty")
-    master, slave = pty.openpty()
-    arguments = ["tokenize", "large.txt", "--tokenizer", "chars", "--out", "bar"]
-    environ = environment(COLUMNS="120", TERM="xterm-256color")
-    with subprocess.Popen(
-        [*COMMAND, *arguments], cwd=large, env=environ, stderr=slave, stdout=subprocess.DEVNULL
-    ):
-        os.close(slave)
-        shown = b""
-        while True:
-            try:
-                some = os.read(master, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not some:
-                break
-            shown += some
-    os.close(master)
-    told = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+    told = on_a_terminal("tokenize", "large.txt", "--tokenizer", "chars", "--out", "bar", cwd=large)
     assert re.search(r"tokenizing .*\d/\d+\.\d [kM]B", told)
 
 

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tapeless.data.orders import Order, make_order
 from tapeless.data.tokenizers import Tokenizer
 from tapeless.errors import DataError
-
-__all__ = ["BUILT_IN", "Corpus", "Order", "make_order", "read_documents"]
 
 BUILT_IN = {"names": "names.txt"}
 
