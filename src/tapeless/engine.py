@@ -1,7 +1,7 @@
 """An engine binds a config, its buffers and a set of ops into programs that run.
 
 The reference engine calls a program as it is, with NumPy ops; the CPU engine compiles it, and may run
-it on several threads at once (a team), each with its share of the documents.
+it on several threads at once (a team), each with its share of a step.
 """
 
 from __future__ import annotations
@@ -315,10 +315,10 @@ class Engine:
         )
         out.tokens[:, :length] = prompt
         self._decoding[0][1].arrivals[:] = 0
-        threads, name, p = len(self._decoding), "generate", self.p
+        name, p = "generate", self.p
         if self.name == "cpu" and self.config.precision == "bf16" and streamed_width(self.config):
             name, p = "generate_stored", self._stored[1]
-            pieces = [slice(*ends) for ends in parts(self.params.size, threads)]
+            pieces = [slice(*ends) for ends in parts(self.params.size, len(self._decoding))]
             weights = view_class("weights", WEIGHTS)
             self._run("round", [(weights(self.params[i], self._stored[0][i]),) for i in pieces])
         self._run(name, [(p, c, batch, out) for c, batch in self._decoding])

@@ -48,8 +48,17 @@ def _vector(builder: Any, base: Any, index: Any) -> Any:
     return builder.load(builder.bitcast(place, VEC.as_pointer()), align=4)
 
 
-def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    return arrayobj.make_array(kind)(context, builder, array).data
+def _open(context: Any, builder: Any, signature: Any, args: Any, tall: int) -> tuple[Any, ...]:
+    """Of a kernel's arguments (y, x, w, first, step, O): the addresses of y and x, the numbers of `tall`
+    rows of w and where they begin, and a loop over the vectors of O columns."""
+    y, x, w = (
+        arrayobj.make_array(kind)(context, builder, array).data
+        for kind, array in zip(signature.args[:3], args[:3], strict=True)
+    )
+    first, step, O = args[3:]
+    rows = [builder.add(first, builder.mul(step, constant(r))) for r in range(tall)]
+    starts = [builder.gep(w, [builder.mul(row, O)]) for row in rows]
+    return y, x, rows, starts, cgutils.for_range(builder, builder.udiv(O, constant(LANES)))
 
 
 @intrinsic
@@ -73,12 +82,9 @@ def _make_sweep(tall: int) -> Any:
         """y[c] += Σ_r x[0, r]·w[r, c] for the `tall` rows i, i + step, …, and all O columns c."""
 
         def codegen(context, builder, signature, args):
-            y, x, w = (_data(context, builder, signature.args[k], args[k]) for k in range(3))
-            i, step, O = args[3:]
-            rows = [builder.add(i, builder.mul(step, constant(r))) for r in range(tall)]
+            y, x, rows, starts, vectors = _open(context, builder, signature, args, tall)
             xs = [broadcast(builder, builder.load(builder.gep(x, [row]))) for row in rows]
-            starts = [builder.gep(w, [builder.mul(row, O)]) for row in rows]
-            with cgutils.for_range(builder, builder.udiv(O, constant(LANES))) as loop:
+            with vectors as loop:
                 c = builder.mul(loop.index, constant(LANES))
                 place = builder.bitcast(builder.gep(y, [c]), VEC.as_pointer())
                 total = builder.load(place, align=4)
@@ -100,14 +106,11 @@ def _make_dots(tall: int) -> Any:
         """y[0, r] = Σ_c x[0, c]·w[r, c] for the `tall` rows v, v + step, …, and all O columns c."""
 
         def codegen(context, builder, signature, args):
-            y, x, w = (_data(context, builder, signature.args[k], args[k]) for k in range(3))
-            v, step, O = args[3:]
-            rows = [builder.add(v, builder.mul(step, constant(r))) for r in range(tall)]
-            starts = [builder.gep(w, [builder.mul(row, O)]) for row in rows]
+            y, x, rows, starts, vectors = _open(context, builder, signature, args, tall)
             sums = [cgutils.alloca_once_value(builder, ZERO) for _ in rows]
             for total in sums:
                 builder.store(ZERO, total)
-            with cgutils.for_range(builder, builder.udiv(O, constant(LANES))) as loop:
+            with vectors as loop:
                 c = builder.mul(loop.index, constant(LANES))
                 factor = _vector(builder, x, c)
                 for start, total in zip(starts, sums, strict=True):
