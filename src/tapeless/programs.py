@@ -112,15 +112,16 @@ def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -
     return train
 
 
-def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    decode, sample_token, rows_of, meet = schedule.decode, ops.sample_token, ops.rows, ops.meet
+def _make_generate(schedule: Schedule, ops: Any, block_size: int, stored: bool = False) -> Callable:
+    """With `stored`, single tokens, whose time is that of reading the weights, have a copy in bfloat16."""
+    decode, sample_token, take = schedule.decode, ops.sample_token, ops.take
+    rows_of, meet = ops.rows, ops.meet
 
     def generate(groups):
-        p, c, batch, out = groups
+        p, c, batch, out = groups[0], groups[-3], groups[-2], groups[-1]
         me = batch.share[ME]
         prompt, stop = int(out.options[0]), int(out.options[1])
         temperature, top_k, top_p = out.options[2], out.options[3], out.options[4]
-        batch.sizes[0] = 1
         used = 0
         cached = 0  # positions of the present row whose keys and values are in the cache
         for k in range(out.tokens.shape[0]):
@@ -129,10 +130,18 @@ def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
             while length < row.shape[0]:
                 # Learned positions end at the block: beyond it, read the last T tokens again.
                 first = max(0, length - block_size)
-                for t in range(0 if first else cached, length - first):
-                    batch.tokens[0] = row[first + t]
-                    batch.positions[0] = t
-                    decode(p, c, batch)
+                t, last = 0 if first else cached, length - first - 1
+                while t <= last:
+                    # The last one alone: of a single token, decode finds the logits.
+                    n = min(batch.tokens.shape[0], last - t) if t < last else 1
+                    take(batch, n)
+                    for i in range(n):
+                        batch.tokens[i], batch.positions[i] = row[first + t + i], t + i
+                    if stored and n == 1:
+                        decode(groups[1], c, batch)
+                    else:
+                        decode(p, c, batch)
+                    t += n
                 cached = 0 if first else length
                 if me == 0:
                     row[length] = sample_token(
@@ -168,5 +177,5 @@ PROGRAMS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "generate": (_make_generate, ("p", "c", "batch", "out")),
     # The same with weights in bfloat16, which are rounded first.
     "round": (_make_round, ("weights",)),
-    "generate_stored": (_make_generate, ("stored", "c", "batch", "out")),
+    "generate_stored": (partial(_make_generate, stored=True), ("p", "stored", "c", "batch", "out")),
 }

@@ -74,6 +74,14 @@ def part(rows, size):
     return min(begin * LANES, size), min(end * LANES, size)
 
 
+def take(batch, n):
+    """Let the batch have its first n rows, and each thread its share of them."""
+    me, threads = batch.share[3], batch.share[4]
+    meet(_rows(batch))
+    batch.sizes[0] = n
+    batch.share[0], batch.share[1], batch.share[2] = me * n // threads, (me + 1) * n // threads, n
+
+
 def pack(batch, stream, spans, tokens):
     me, threads, count = batch.share[3], batch.share[4], spans.shape[0]
     begin, end = me * count // threads, (me + 1) * count // threads
