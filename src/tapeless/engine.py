@@ -55,6 +55,10 @@ def effective(config: GPTConfig, engine: str) -> GPTConfig:
     return config.replace(attention="flash", attention_tile=1) if engine == "cpu" else config
 
 
+# Parameters times tokens that one call of a generating program reads: a fraction of a second.
+GENERATING = 2_000_000_000
+
+
 class Engine:
     """One model's buffers, and the programs that run on them.
 
@@ -299,15 +303,17 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> tuple[list[np.ndarray], int]:
-        """`n` continuations of the prompt of at most `max_tokens`, and how many uniforms were used."""
-        length = len(prompt)
+        """`n` continuations of the prompt of at most `max_tokens`, and how many uniforms were used.
+
+        Compiled code hears no Ctrl-C, so it comes back every now and then."""
+        length, at_once = len(prompt), max(1, GENERATING // self.params.size)
         out = view_class("out", SAMPLES)(
             np.zeros((n, length + max_tokens), np.int32),
             np.zeros(n, np.int32),
             uniforms,
-            np.zeros(1, np.int64),
+            np.array([0, length, 0, 0]),
             np.empty(self.config.vocab),
-            np.array([length, stop, temperature, top_k, top_p], np.float64),
+            np.array([length, stop, at_once, temperature, top_k, top_p], np.float64),
         )
         out.tokens[:, :length] = prompt
         self._decoding[0][1].arrivals[:] = 0
@@ -317,9 +323,10 @@ class Engine:
             pieces = [slice(*ends) for ends in parts(self.params.size, len(self._decoding))]
             rounding = view_class("weights", WEIGHTS)
             self._run("round", [(rounding(self.params[i], self._stored[0][i]),) for i in pieces])
-        self._run(name, [(*weights, c, batch, out) for c, batch in self._decoding])
+        while out.state[0] < n:
+            self._run(name, [(*weights, c, batch, out) for c, batch in self._decoding])
         rows = [row[length:end] for row, end in zip(out.tokens, out.lengths, strict=True)]
-        return rows, int(out.used[0])
+        return rows, int(out.state[3])
 
 
 def uses(engine: Engine, documents: int) -> str:
