@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch, gigabytes, expe
     with pytest.raises(ConfigError) as caught:
         memory.check_memory(GPT2, "cpu", None, 4, 2)
     message = str(caught.value)
-    assert "6.3 GB of memory" in message
+    assert "6.4 GB of memory" in message
     if expected is None:
         assert "choose a smaller model" in message
         return
@@ -51,6 +52,54 @@ def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch, gigabytes, expe
         if size < 4:
             with pytest.raises(ConfigError):
                 memory.check_memory(config, "cpu", None, size + 1, 2)
+
+
+ALLOCATED = """
+import json, numpy as np, tapeless as tl
+from tapeless import engine, job, layout, memory
+from tapeless.ops.cpu import peak  # which measures the processor, in buffers of its own
+sizes = []
+zeros, empty = layout.aligned_zeros, np.empty_like
+
+def aligned_zeros(nbytes):
+    sizes.append(nbytes)
+    return zeros(nbytes)
+
+def empty_like(array):
+    sizes.append(array.nbytes)
+    return empty(array)
+
+layout.aligned_zeros = engine.aligned_zeros = aligned_zeros
+job.np = type("np", (), {{**vars(np), "empty_like": staticmethod(empty_like)}})
+run = tl.train({data!r}, {preset!r}, steps=30, batch_size=4, threads={threads}, engine={engine!r},
+               set={settings!r}, progress=False, samples=2)
+plans, _ = memory.training_memory(
+    run.model.config, {engine!r}, run.model.engine.dtype, 4, {threads}, {longest})
+print(json.dumps([sum(sizes), sum(plan.nbytes for plan in plans.values())]))
+"""
+WIDE = {"n_embd": 256, "n_head": 4, "n_layer": 2}
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "engine", "threads", "longest"),
+    [
+        ("microgpt", {"block_size": 6}, "reference", None, 6),
+        ("flashmicrogpt", {"block_size": 6, "val_fraction": 0.01, "eval_every": 9}, "cpu", 2, 6),
+        ("shakespeare-char", WIDE | {"sample_every": 9}, "cpu", 2, 64),
+        ("shakespeare-char", WIDE | {"precision": "bf16", "block_size": 96, "window": 40}, "cpu", 1, 40),
+        ("shakespeare-char", WIDE | {"recompute": True, "n_embd": 1152, "n_head": 8}, "cpu", 2, 64),
+    ],
+    ids=["reference", "documents", "text", "bf16", "large"],
+)
+def test_the_budget_is_all_that_training_allocates(
+    child, tmp_path, preset, settings, engine, threads, longest
+):
+    """To the byte: parameters to texts, and the copies of the state; none of a large model's."""
+    (tmp_path / "text").write_text("to be or not to be, that is the question.\n" * 300)
+    data = "names" if "micro" in preset else str(tmp_path / "text")
+    code = ALLOCATED.format(**(locals() | {"data": data}))
+    allocated, planned = json.loads(child(code).splitlines()[-1])
+    assert allocated == planned
 
 
 def test_free_memory_is_what_the_system_says():
@@ -100,7 +149,7 @@ def test_the_budget_tells_what_recomputing_saves(tmp_path):
                        "--threads", 2, *options, cwd=tmp_path).stdout  # fmt: skip
         return int(re.search(r"total +([\d,]+)", out)[1].replace(",", ""))
 
-    plans, _ = memory.training_memory(GPT2, "cpu", "float32", 4, 2)
+    plans, _ = memory.training_memory(GPT2, "cpu", "float32", 4, 2, 1024)
     assert total() == sum(plan.nbytes for plan in plans.values())
     assert total("--recompute") < 0.7 * total()
     assert "target" in refused("budget", "gpt2", "--target", "moon", cwd=tmp_path)

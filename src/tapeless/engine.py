@@ -24,9 +24,9 @@ from tapeless.layout import (
     cut_segments,
     decay_segments,
     decoding,
+    decoding_sizes,
     parameter_plan,
     parameters,
-    piece,
     stored_parameters,
     streamed_width,
     view_class,
@@ -143,7 +143,7 @@ class Engine:
     def _decoding(self) -> list[tuple[Any, Any]]:
         """The groups `c` and `batch` of each thread."""
         threads = decoding_team(self.config, self.threads) if self.name == "cpu" else 1
-        sizes = {"N": piece(self.config), "D": 1, "W": threads, "X": streamed_width(self.config)}
+        sizes = decoding_sizes(self.config, threads)
         c, batch = self._views("c", decoding(self._runs), sizes), self._views("batch", BATCH, sizes)
         batch.sizes[1] = 1
         return [(c, part) for part in _shares(batch, threads)]
@@ -332,7 +332,8 @@ class Engine:
 def uses(engine: Engine, documents: int) -> str:
     """What runs where, for people: "cpu engine (AVX-512, 2 threads, float32)"."""
     if engine.name == "reference":
-        return f"reference engine (NumPy, {engine.dtype})"
+        instead = ", not bf16" if engine.config.precision == "bf16" else ""
+        return f"reference engine (NumPy, {engine.dtype}{instead})"
     from tapeless.ops.cpu import native
 
     threads = engine.team(documents)

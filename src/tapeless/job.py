@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from tapeless.errors import NumericsError, RunError
 from tapeless.evaluate import score
 from tapeless.generate import generate
 from tapeless.io import runs
+from tapeless.memory import SNAPSHOTS
 from tapeless.model import GPT
 from tapeless.optim import learning_rates
 from tapeless.rng import Random
 from tapeless.settings import Training
 
-SNAPSHOTS = 2**25  # bytes of parameters up to which two copies of the state are kept in memory
 PIECE = 2**20  # numbers looked at in one go
 SHOWN = 3  # texts generated while training, at most
 
@@ -58,7 +59,7 @@ class Job:
         constants = t.beta1, t.beta2, t.eps, t.weight_decay, t.momentum, t.grad_clip
         self.model.engine.optimiser.constants[:] = constants
         self.small = self.model.engine.params.nbytes <= SNAPSHOTS
-        self._good: deque[tuple[Any, ...]] = deque(maxlen=2)
+        self._good: deque[tuple[Any, ...]] = deque()
 
     # ------------------------------------------------------------ steps
 
@@ -180,9 +181,10 @@ class Job:
         self._give_up(message)
 
     def keep(self) -> None:
-        """Remember the present state as one to go back to."""
+        """Remember the present state as one to go back to, in place of the older of two."""
         if self.small:
-            self._good.append(self._snapshot())
+            older = self._good.popleft()[2:] if len(self._good) == 2 else None
+            self._good.append(self._snapshot(older))
 
     def _give_up(self, message: str) -> None:
         lr = f"a smaller lr (it was {self.training.lr:g})."
@@ -192,9 +194,13 @@ class Job:
             message += f" Try {lr}"
         raise NumericsError(message)
 
-    def _snapshot(self) -> tuple[Any, ...]:
+    def _snapshot(self, copies: Sequence[np.ndarray] | None = None) -> tuple[Any, ...]:
         opt = self.model.engine.optimiser
-        return self.step, self.rng.state(), *(a.copy() for a in (opt.params, opt.m, opt.v, opt.powers))
+        state = opt.params, opt.m, opt.v, opt.powers
+        copies = copies or [np.empty_like(array) for array in state]
+        for copy, array in zip(copies, state, strict=True):
+            copy[:] = array
+        return self.step, self.rng.state(), *copies
 
     def _return_to(self, snapshot: tuple[Any, ...]) -> None:
         opt = self.model.engine.optimiser

@@ -211,6 +211,11 @@ def streamed_width(config: GPTConfig) -> int:
     return max(3 * C, F) if C * C >= LARGE and C % 16 == F % 16 == 0 else 0
 
 
+def decoding_sizes(config: GPTConfig, threads: int) -> dict[str, int]:
+    """The sizes of the buffers that so many threads generate texts with."""
+    return {N: piece(config), D: 1, W: threads, X: streamed_width(config)}
+
+
 BATCH = (
     Tensor("tokens", (N,), "int32"),
     Tensor("targets", (N,), "int32"),

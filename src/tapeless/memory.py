@@ -6,32 +6,66 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tapeless.config import GPTConfig
 from tapeless.engine import check_engine, effective
 from tapeless.errors import ConfigError
-from tapeless.layout import Plan, memory, n_params
-from tapeless.team import check_threads, team_size
+from tapeless.layout import (
+    BATCH,
+    Plan,
+    Tensor,
+    decoding,
+    decoding_sizes,
+    memory,
+    n_params,
+    streamed_width,
+)
+from tapeless.programs import RESULT
+from tapeless.team import check_threads, decoding_team, team_size
+
+# Bytes of parameters up to which training keeps copies of its state in memory, to return to where numbers
+# overflow.
+SNAPSHOTS = 2**25
 
 
 def training_memory(
-    config: GPTConfig, engine: str, dtype: Any, batch_size: int, threads: int | None
+    config: GPTConfig, engine: str, dtype: Any, batch_size: int, threads: int | None, longest: int
 ) -> tuple[dict[str, Plan], int]:
-    """What training with this batch size allocates, by buffer, and how many threads share a step. Raises
-    `ConfigError` for no number of threads."""
+    """What training on documents of up to `longest` tokens allocates, by buffer, and how many threads share
+    a step. Raises `ConfigError` for no number of threads."""
     check_threads(engine, threads)
-    team = 1 if engine == "reference" else team_size(config, batch_size, threads)
-    return memory(effective(config, engine), dtype, batch_size * config.block_size, batch_size, team), team
+    compiled, runs, size = engine == "cpu", effective(config, engine), n_params(config)
+    team = team_size(config, batch_size, threads) if compiled else 1
+    plans = memory(runs, dtype, batch_size * longest, batch_size, team)
+    plans["losses"] = Plan(RESULT, dtype, {"W": team})
+    if size * np.dtype(dtype).itemsize <= SNAPSHOTS:
+        copies = [Tensor(name, (2, size)) for name in ("parameters", "m", "v")]
+        copies.append(Tensor("powers", (2, 2), "float64"))
+        plans["two copies of the state"] = Plan(copies, dtype, aligned=False)
+    sizes = decoding_sizes(config, decoding_team(config, threads) if compiled else 1)
+    plans["generating texts"] = Plan(decoding(runs), dtype, sizes)
+    plans["their batch"] = Plan(BATCH, dtype, sizes)
+    if compiled and config.precision == "bf16" and streamed_width(config):
+        plans["their weights in bfloat16"] = Plan([Tensor("parameters", (size,), "uint16")], dtype)
+    return plans, team
 
 
 def check_memory(
-    config: GPTConfig, engine: str, dtype: str | None, batch_size: int, threads: int | None = None
+    config: GPTConfig,
+    engine: str,
+    dtype: str | None,
+    batch_size: int,
+    threads: int | None = None,
+    longest: int | None = None,
 ) -> None:
     """Raise `ConfigError` if training with this batch size, or with 0 just holding a model and its
-    gradients, needs more memory than is free, saying what would fit."""
-    number = check_engine(engine, dtype)
+    gradients, needs more memory than is free, saying what would fit. Documents have up to `longest`
+    tokens (None: as many as the model's block)."""
+    number, longest = check_engine(engine, dtype), longest or config.block_size
 
     def needs(config: GPTConfig, batch_size: int) -> int:
-        plans, _ = training_memory(config, engine, number, batch_size, threads)
+        plans, _ = training_memory(config, engine, number, batch_size, threads, longest)
         held = ("parameters", "gradients") if batch_size == 0 else tuple(plans)
         return sum(plans[name].nbytes for name in held)
 
@@ -40,7 +74,7 @@ def check_memory(
         return
     size = f"{n_params(config):,} parameters"
     if batch_size:
-        size += f", batches of up to {batch_size * config.block_size:,} tokens"
+        size += f", batches of up to {batch_size * longest:,} tokens"
     raise ConfigError(
         f"this needs {needed / 1e9:,.1f} GB of memory ({size}) but {free / 1e9:,.1f} GB are free: "
         f"{_what_fits(config, batch_size, needs, free)}."

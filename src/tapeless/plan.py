@@ -184,9 +184,7 @@ def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) ->
         )
     config = chosen.model.replace(vocab_size=data.vocab_size)
     # What is trained on may be shorter than the model's block; positions beyond it take no activations.
-    check_memory(
-        config.replace(block_size=longest), plan.engine, plan.dtype, training.batch_size, plan.threads
-    )
+    check_memory(config, plan.engine, plan.dtype, training.batch_size, plan.threads, longest)
     val_digest = None if data.val is None else data.val.digest
     if plan.digests is not None:
         for source, now, was in (

@@ -100,7 +100,7 @@ def budget(
     settings = {} if batch_size is None else {"batch_size": batch_size}
     documents = get_preset(preset).with_settings(settings).training.batch_size
     tokens = documents * config.block_size
-    plans, team = training_memory(config, "cpu", "float32", documents, threads)
+    plans, team = training_memory(config, "cpu", "float32", documents, threads, config.block_size)
     table = Table("buffer", box=None)
     table.add_column("bytes", justify="right")
     table.add_column("largest tensors")
