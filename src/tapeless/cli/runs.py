@@ -178,13 +178,14 @@ def sample(
     precision: Precision = None,
 ) -> None:
     """Generate texts with a trained model."""
+    from tapeless.data.tokenizers import REMEDY
     from tapeless.generate import listed
     from tapeless.model import load
     from tapeless.progress import COMPILING
 
     model = load(run, "cpu" if engine is None else engine, threads=threads, precision=precision)
     if model.tokenizer is None:
-        say(f"{run} has no tokenizer: these are tokens as numbers.")
+        say(f"{run} has no tokenizer: these are tokens as numbers. To have text, {REMEDY}.")
     model.engine.notice = lambda: say(COMPILING)
     texts = model.generate(prompt, n, temperature, seed, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
     print(listed(texts), end="")

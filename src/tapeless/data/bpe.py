@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,18 @@ def _check(description: dict[str, Any]) -> None:
         raise DataError("it describes no tokenizer: it has no vocabulary and merges.") from None
 
 
-def _describe(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
+def from_bytes(tokens: Sequence[bytes], merges: Iterable[tuple[bytes, bytes]]) -> BPETokenizer:
+    """GPT-2's way with these tokens, in order of their ids, and these merges, in theirs."""
+    letter_of = {byte[0]: letter for letter, byte in _alphabet().items()}
+
+    def spelled(token: bytes) -> str:
+        return "".join([letter_of[byte] for byte in token])
+
+    vocab = {spelled(token): i for i, token in enumerate(tokens)}
+    return BPETokenizer(_describe(vocab, [[spelled(left), spelled(right)] for left, right in merges]))
+
+
+def _describe(vocab: Mapping[str, int], merges: list[list[str]]) -> dict[str, Any]:
     """GPT-2's way with this vocabulary and these merges."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

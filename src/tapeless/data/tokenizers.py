@@ -18,6 +18,7 @@ MADE = ("chars", "letters", "text")  # the kinds that are made of the data, and 
 # In a folder, the first of these that is there is its tokenizer.
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 FILES = ("tokenizer.json", *(vocab for vocab, _ in PAIRS), "gpt2_tokenizer.bin")
+REMEDY = "put the model's tokenizer (tokenizer.json, or llm.c's gpt2_tokenizer.bin) beside it"
 
 
 class Tokenizer(Protocol):
@@ -142,7 +143,7 @@ class Numbers:
         if not all(word.isdecimal() and int(word) < self.vocab_size for word in words):
             raise DataError(
                 f"without a tokenizer, the prompt must be tokens from 0 to {self.vocab_size - 1}, "
-                f"such as '1 2 3', not {text!r:.60}."
+                f"such as '1 2 3', not {text!r:.60}; or {REMEDY}."
             )
         return [int(word) for word in words]
 
