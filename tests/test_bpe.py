@@ -243,6 +243,40 @@ def test_a_vocabulary_without_an_end(small):
     assert tokenizer.decode(tokenizer.encode(END)) == END
 
 
+def without_bytes(tokenizer, letters, **changes):
+    description = json.loads(json.dumps(tokenizer.to_dict()))
+    model = description["model"]
+    model["merges"] = [m for m in model["merges"] if not set("".join(m)) & set(letters)]
+    model["vocab"] = {
+        token: i for token, i in model["vocab"].items() if token == END or not set(token) & set(letters)
+    }
+    model |= changes
+    return tokenizer_from_dict(description)
+
+
+def test_a_vocabulary_without_every_byte_drops_nothing(small, tmp_path):
+    tokenizer = without_bytes(small, "qé\u00c3")
+    for text in ("whether it is\n", f"a{END}b"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for text, example in (("to question", "'q'"), ("a à", "'à'")):
+        with pytest.raises(DataError, match=f"cannot encode {example}: its vocabulary has 253 of the 256"):
+            tokenizer.encode(text)
+    (tmp_path / "bpe.json").write_text(json.dumps(tokenizer.to_dict()))
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    error = refused("tokenize", "text.txt", "--tokenizer", "bpe.json", "--out", "data", cwd=tmp_path)
+    assert "cannot encode 'q'" in error
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("unknown", ["", "<unknown>"])
+def test_a_token_for_what_is_unknown(unknown, small):
+    """Without the token itself, the library fails for every byte that it does not know."""
+    with pytest.raises(DataError, match="cannot encode 'q'"):
+        without_bytes(small, "q", unk_token=unknown).encode("q")
+    tokenizer = without_bytes(small, "q", unk_token="!")
+    assert tokenizer.decode(tokenizer.encode("quit")) == "!uit"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -253,18 +287,30 @@ def test_a_vocabulary_without_an_end(small):
         ("{}", ["not a tokenizer"]),
         ('{"a": 0, "b": 1}', ["one half of a tokenizer", "merges.txt"]),
         ('{"model": [3]}', ["no vocabulary and merges"]),
-        ('{"model": {"type": "BPE", "vocab": 3}, "decoder": {"type": "ByteLevel"}}', ["no vocabulary and"]),
         (
-            '{"model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, "decoder": {"type": "ByteLevel"}}',
+            '{"model": {"type": "BPE", "vocab": 3}, "pre_tokenizer": {"type": "ByteLevel"}}',
+            ["no vocabulary and"],
+        ),
+        (
+            '{"model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, '
+            '"pre_tokenizer": {"type": "ByteLevel"}}',
             ["it merges 'a' and 'b', which its vocabulary does not have"],
         ),
         (
-            '{"model": {"vocab": {"a": 0, "b": -1}, "merges": []}, "decoder": {"type": "ByteLevel"}}',
+            '{"model": {"vocab": {"a": 0, "b": -1}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}',
             ["it describes no tokenizer"],
+        ),
+        (
+            '{"model": {"vocab": {"a": 0, "b": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}',
+            ["it gives 'a' and 'b' the same id, 0"],
+        ),
+        (
+            '{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}',
+            ["a BPE tokenizer", "byte-level BPE"],
         ),
         ('{"model": {"type": "WordPiece"}}', ["a WordPiece tokenizer", "byte-level BPE"]),
         ('{"model": {"type": "BPE"}}', ["a BPE tokenizer", "byte-level BPE"]),
-        ('{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', ["no vocabulary and merges"]),
+        ('{"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}}', ["no vocabulary and merges"]),
         ('{"type": "words"}', ["unknown tokenizer type"]),
         ('{"type": "table", "tokens": ["a", 3], "bos": 0}', ["not a tokenizer"]),
         ('{"type": "table", "tokens": ["a"], "bos": 1}', ["bos must be between 0 and 0"]),

@@ -17,7 +17,8 @@ HUB = "openai-community/gpt2"
 
 class BPETokenizer:
     """Byte-level byte-pair encoding: any text has tokens, and `decode(encode(text)) == text` as long
-    as the tokenizer does not normalise texts (GPT-2's does not).
+    as the tokenizer does not normalise texts (GPT-2's does not), and all 256 bytes are in its vocabulary.
+    Text with another byte is refused, unless the tokenizer has a token for what it does not know.
 
     `bos` is the token `<|endoftext|>`, which a text may also contain spelled out, or None.
 
@@ -35,6 +36,11 @@ class BPETokenizer:
         self._library.no_truncation()
         self._library.no_padding()
         self.bos: int | None = self._library.token_to_id(END)
+        vocab, unknown = description["model"]["vocab"], description["model"].get("unk_token")
+        # The library would leave these out of a text without a word.
+        self._missing = {
+            byte[0] for letter, byte in _alphabet().items() if not {letter, unknown} & vocab.keys()
+        }
 
     @cached_property
     def vocab_size(self) -> int:
@@ -47,9 +53,15 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         try:
-            text.encode()
+            written = text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"the text is not Unicode: it has {text[error.start]!r}.") from None
+        if self._missing and (unknown := self._missing.intersection(written)):
+            example = next(c for c in text if unknown.intersection(c.encode()))
+            raise DataError(
+                f"the tokenizer cannot encode {example!r}: its vocabulary has {256 - len(self._missing)} "
+                "of the 256 bytes, and no token for what it does not know."
+            )
         [encoding] = self._library.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
 
@@ -95,14 +107,18 @@ def library() -> Any:
 
 
 def _check(description: dict[str, Any]) -> None:
-    """Raise `DataError` for another kind of tokenizer, or for merges that the vocabulary does not have:
-    they would make the library panic."""
+    """Raise `DataError` for another kind of tokenizer, for two tokens of one id, or for merges that the
+    vocabulary does not have: they would make the library panic."""
     try:
         model = description["model"]
         kind = model.get("type", "BPE" if "merges" in model else "unknown")  # older files name none
-        around = json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
+        around = json.dumps([description.get("pre_tokenizer"), description.get("normalizer")])
         if kind != "BPE" or '"ByteLevel"' not in around:
             raise DataError(f"it describes a {kind} tokenizer; expected byte-level BPE, as GPT-2's.")
+        token_of: dict[int, str] = {}
+        for token, i in model["vocab"].items():
+            if (first := token_of.setdefault(i, token)) != token:
+                raise DataError(f"it gives {first!r} and {token!r} the same id, {i}.")
         for merge in model["merges"]:
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             if not {left, right, left + right} <= model["vocab"].keys():
