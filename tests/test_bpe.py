@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import struct
+import time
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hub
 import tapeless as tl
-from commands import refused, succeeds
+from commands import environment, refused, succeeds, tapeless
 from tapeless.data.bpe import BPETokenizer, train_bpe
 from tapeless.data.table import TableTokenizer
 from tapeless.data.texts import SEAM
@@ -366,11 +369,51 @@ def test_without_the_library(child):
 def test_gpt2_that_cannot_be_fetched(child, tmp_path):
     pytest.importorskip("huggingface_hub")
     told = child(WITHOUT.format(name="nothing", kind="gpt2"), HF_HUB_OFFLINE=1, HF_HOME=tmp_path)
-    assert told.startswith("cannot fetch GPT-2's tokens (")
-    assert "vocab.json and merges.txt" in told
+    assert told.startswith("GPT-2's tokenizer is not on this machine, and the Hugging Face hub cannot be")
+    assert "check the network, or give the folder of its vocab.json and merges.txt" in told
     assert "\n" not in told
     told = child(WITHOUT.format(name="huggingface_hub", kind="gpt2"))
     assert "pip install 'tapeless[hub]'" in told
+
+
+def test_gpt2_without_network_is_one_line_at_once(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    env = environment(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "cache"), NO_PROXY="127.0.0.1")
+    began = time.monotonic()
+    told = tapeless("tokenize", "text.txt", "--tokenizer", "gpt2", "--out", "data", cwd=tmp_path, env=env)
+    assert time.monotonic() - began < 10  # trying again and again takes 25 s
+    assert told.returncode == 2
+    [line] = told.stderr.splitlines()
+    assert line.startswith("error: GPT-2's tokenizer is not on this machine, and the Hugging Face hub cannot")
+
+
+def test_gpt2_is_fetched_once(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/tokenizer.json").write_text(json.dumps(gpt2().to_dict()), encoding="utf-8")
+    arguments = ("tokenize", "text.txt", "--tokenizer", "gpt2", "--out")
+    with hub.serving("gpt2", tmp_path / "served") as address:
+        env = environment(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"), NO_PROXY="127.0.0.1")
+        succeeds(*arguments, "data", cwd=tmp_path, env=env)
+    assert read_tokenizer(tmp_path / "data") == gpt2()
+    env = environment(HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+    succeeds(*arguments, "again", cwd=tmp_path, env=env)
+
+
+@pytest.mark.parametrize("name", ["pipe", "vocab.json", "merges.txt", "tokenizer.json"])
+def test_what_is_no_regular_file(name, tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no named pipes here")
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    os.mkfifo(tmp_path / name)
+    arguments = ("tokenize", "text.txt", "--out", "data", "--tokenizer")
+    error = refused(*arguments, name, cwd=tmp_path, timeout=30)
+    assert f"{name} is no regular file; expected a tokenizer's file or folder" in error
+    if name == "vocab.json":
+        (tmp_path / "merges.txt").write_text("")
+        assert "vocab.json is no regular file" in refused(*arguments, "merges.txt", cwd=tmp_path, timeout=30)
 
 
 # ---------------------------------------------------------------- llm.c's file

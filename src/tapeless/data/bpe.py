@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tapeless.errors import DataError
+from tapeless import hub
+from tapeless.errors import DataError, RunError
 
 END = "<|endoftext|>"  # stands between documents
 LEAST = 257  # tokens: the bytes, and END
-HUB = "openai-community/gpt2"
 
 
 class BPETokenizer:
@@ -189,19 +189,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def fetch_gpt2() -> Path:
-    """GPT-2's tokenizer.json, from Hugging Face's hub or where it was kept the last time.
+    """The folder of GPT-2's tokenizer.json, from Hugging Face's hub or where it was kept the last time.
 
     Raises `DataError` if that is not possible.
     """
-    elsewhere = "give the folder of its vocab.json and merges.txt (or encoder.json and vocab.bpe)"
+    instead = "the folder of its vocab.json and merges.txt (or encoder.json and vocab.bpe)"
     try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise DataError(
-            f"GPT-2's tokens need its files: {elsewhere}, or fetch them with pip install 'tapeless[hub]'."
-        ) from None
-    try:
-        return Path(hf_hub_download(HUB, "tokenizer.json"))
-    except Exception as error:  # the network's, the hub's, the disk's
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot fetch GPT-2's tokens ({reason:.100}): {elsewhere}.") from None
+        return hub.fetch("gpt2", ["tokenizer.json"], "GPT-2's tokenizer is not on this machine", instead)
+    except RunError as error:
+        raise DataError(str(error)) from None

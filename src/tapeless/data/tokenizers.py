@@ -206,10 +206,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if (found := find_tokenizer(path)) is None:
             raise DataError(f"{path} has no tokenizer; expected one of {', '.join(FILES)}.")
         path = found
+    _regular(path)
     if magic_number(path) == MAGIC:
         return read_table(path)
     for vocab, merges in PAIRS:
         if path.name == merges:
+            _regular(path.with_name(vocab))
             return read_pair(path.with_name(vocab), path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -230,3 +232,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return tokenizer_from_dict(content)
     except DataError as error:
         raise DataError(f"{path} is no tokenizer that can be used: {error}") from None
+
+
+def _regular(path: Path) -> None:
+    """Refuse what would be waited for, such as a pipe. What is not there is left to be read in vain."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no regular file; expected a tokenizer's file or folder.")
