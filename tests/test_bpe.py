@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import struct
+import time
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hub
 import tapeless as tl
-from commands import refused, succeeds
+from commands import environment, refused, succeeds, tapeless
 from tapeless.data.bpe import BPETokenizer, train_bpe
+from tapeless.data.table import TableTokenizer
 from tapeless.data.texts import SEAM
 from tapeless.data.tokenizers import make_tokenizer, read_tokenizer, tokenizer_from_dict
 from tapeless.errors import ConfigError, DataError
+from tapeless.presets import get_preset
 
 pytest.importorskip("tokenizers")
 END = "<|endoftext|>"
@@ -241,6 +246,40 @@ def test_a_vocabulary_without_an_end(small):
     assert tokenizer.decode(tokenizer.encode(END)) == END
 
 
+def without_bytes(tokenizer, letters, **changes):
+    description = json.loads(json.dumps(tokenizer.to_dict()))
+    model = description["model"]
+    model["merges"] = [m for m in model["merges"] if not set("".join(m)) & set(letters)]
+    model["vocab"] = {
+        token: i for token, i in model["vocab"].items() if token == END or not set(token) & set(letters)
+    }
+    model |= changes
+    return tokenizer_from_dict(description)
+
+
+def test_a_vocabulary_without_every_byte_drops_nothing(small, tmp_path):
+    tokenizer = without_bytes(small, "qé\u00c3")
+    for text in ("whether it is\n", f"a{END}b"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for text, example in (("to question", "'q'"), ("a à", "'à'")):
+        with pytest.raises(DataError, match=f"cannot encode {example}: its vocabulary has 253 of the 256"):
+            tokenizer.encode(text)
+    (tmp_path / "bpe.json").write_text(json.dumps(tokenizer.to_dict()))
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    error = refused("tokenize", "text.txt", "--tokenizer", "bpe.json", "--out", "data", cwd=tmp_path)
+    assert "cannot encode 'q'" in error
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("unknown", ["", "<unknown>"])
+def test_a_token_for_what_is_unknown(unknown, small):
+    """Without the token itself, the library fails for every byte that it does not know."""
+    with pytest.raises(DataError, match="cannot encode 'q'"):
+        without_bytes(small, "q", unk_token=unknown).encode("q")
+    tokenizer = without_bytes(small, "q", unk_token="!")
+    assert tokenizer.decode(tokenizer.encode("quit")) == "!uit"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -251,18 +290,30 @@ def test_a_vocabulary_without_an_end(small):
         ("{}", ["not a tokenizer"]),
         ('{"a": 0, "b": 1}', ["one half of a tokenizer", "merges.txt"]),
         ('{"model": [3]}', ["no vocabulary and merges"]),
-        ('{"model": {"type": "BPE", "vocab": 3}, "decoder": {"type": "ByteLevel"}}', ["no vocabulary and"]),
         (
-            '{"model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, "decoder": {"type": "ByteLevel"}}',
+            '{"model": {"type": "BPE", "vocab": 3}, "pre_tokenizer": {"type": "ByteLevel"}}',
+            ["no vocabulary and"],
+        ),
+        (
+            '{"model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, '
+            '"pre_tokenizer": {"type": "ByteLevel"}}',
             ["it merges 'a' and 'b', which its vocabulary does not have"],
         ),
         (
-            '{"model": {"vocab": {"a": 0, "b": -1}, "merges": []}, "decoder": {"type": "ByteLevel"}}',
+            '{"model": {"vocab": {"a": 0, "b": -1}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}',
             ["it describes no tokenizer"],
+        ),
+        (
+            '{"model": {"vocab": {"a": 0, "b": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}',
+            ["it gives 'a' and 'b' the same id, 0"],
+        ),
+        (
+            '{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}',
+            ["a BPE tokenizer", "byte-level BPE"],
         ),
         ('{"model": {"type": "WordPiece"}}', ["a WordPiece tokenizer", "byte-level BPE"]),
         ('{"model": {"type": "BPE"}}', ["a BPE tokenizer", "byte-level BPE"]),
-        ('{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', ["no vocabulary and merges"]),
+        ('{"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}}', ["no vocabulary and merges"]),
         ('{"type": "words"}', ["unknown tokenizer type"]),
         ('{"type": "table", "tokens": ["a", 3], "bos": 0}', ["not a tokenizer"]),
         ('{"type": "table", "tokens": ["a"], "bos": 1}', ["bos must be between 0 and 0"]),
@@ -318,11 +369,51 @@ def test_without_the_library(child):
 def test_gpt2_that_cannot_be_fetched(child, tmp_path):
     pytest.importorskip("huggingface_hub")
     told = child(WITHOUT.format(name="nothing", kind="gpt2"), HF_HUB_OFFLINE=1, HF_HOME=tmp_path)
-    assert told.startswith("cannot fetch GPT-2's tokens (")
-    assert "vocab.json and merges.txt" in told
+    assert told.startswith("GPT-2's tokenizer is not on this machine, and the Hugging Face hub cannot be")
+    assert "check the network, or give the folder of its vocab.json and merges.txt" in told
     assert "\n" not in told
     told = child(WITHOUT.format(name="huggingface_hub", kind="gpt2"))
     assert "pip install 'tapeless[hub]'" in told
+
+
+def test_gpt2_without_network_is_one_line_at_once(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    env = environment(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "cache"), NO_PROXY="127.0.0.1")
+    began = time.monotonic()
+    told = tapeless("tokenize", "text.txt", "--tokenizer", "gpt2", "--out", "data", cwd=tmp_path, env=env)
+    assert time.monotonic() - began < 10  # trying again and again takes 25 s
+    assert told.returncode == 2
+    [line] = told.stderr.splitlines()
+    assert line.startswith("error: GPT-2's tokenizer is not on this machine, and the Hugging Face hub cannot")
+
+
+def test_gpt2_is_fetched_once(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/tokenizer.json").write_text(json.dumps(gpt2().to_dict()), encoding="utf-8")
+    arguments = ("tokenize", "text.txt", "--tokenizer", "gpt2", "--out")
+    with hub.serving("gpt2", tmp_path / "served") as address:
+        env = environment(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"), NO_PROXY="127.0.0.1")
+        succeeds(*arguments, "data", cwd=tmp_path, env=env)
+    assert read_tokenizer(tmp_path / "data") == gpt2()
+    env = environment(HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+    succeeds(*arguments, "again", cwd=tmp_path, env=env)
+
+
+@pytest.mark.parametrize("name", ["pipe", "vocab.json", "merges.txt", "tokenizer.json"])
+def test_what_is_no_regular_file(name, tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no named pipes here")
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    os.mkfifo(tmp_path / name)
+    arguments = ("tokenize", "text.txt", "--out", "data", "--tokenizer")
+    error = refused(*arguments, name, cwd=tmp_path, timeout=30)
+    assert f"{name} is no regular file; expected a tokenizer's file or folder" in error
+    if name == "vocab.json":
+        (tmp_path / "merges.txt").write_text("")
+        assert "vocab.json is no regular file" in refused(*arguments, "merges.txt", cwd=tmp_path, timeout=30)
 
 
 # ---------------------------------------------------------------- llm.c's file
@@ -358,6 +449,115 @@ def test_llmcs_tokenizer_of_version_1_is_gpt2s(tmp_path):
     write_table(path, TABLE, version=1)
     with pytest.raises(DataError, match="has 5 tokens; in version 1 it must have 50,257"):
         read_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def gpt2_table(tmp_path_factory):
+    """GPT-2's tokens in llm.c's file, and nothing else."""
+    path = tmp_path_factory.mktemp("table") / "gpt2_tokenizer.bin"
+    return read_tokenizer(write_table(path, gpt2().token_bytes(), end=50256))
+
+
+def letters_of(merges):
+    """As GPT-2's files spell them: bytes that do not print by the letters from U+0100 on."""
+    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in prints]
+    letters = [chr(b) if b in prints else chr(256 + others.index(b)) for b in range(256)]
+    return [tuple("".join(letters[byte] for byte in part) for part in pair) for pair in merges]
+
+
+def test_gpt2s_merges_are_found_in_its_tokens(gpt2_table):
+    _, ranks = gpt2_tables()
+    assert letters_of(gpt2_table.merges) == list(ranks)
+
+
+def test_llmcs_tokenizer_encodes_as_gpt2(gpt2_table):
+    code = Path(__file__).read_text(encoding="utf-8")
+    spaces = "a  b\t\tc \n\n  d\r\n\u3000e\xa0f   "
+    for text in (
+        "",
+        " ",
+        code,
+        spaces,
+        "Ζωή 愛子 👩\u200d🚀 naïve ﷽",
+        f"one{END}two{END}",
+        "0123456789" * 30,
+    ):
+        assert gpt2_table.encode(text) == gpt2().encode(text)
+        assert gpt2_table.decode(gpt2().encode(text)) == text
+    plays = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+    if plays.is_file():
+        text = plays.read_text(encoding="utf-8")
+        assert gpt2_table.encode(text) == gpt2().encode(text)
+
+
+@given(any_text)
+def test_llmcs_tokenizer_encodes_any_text_as_gpt2(gpt2_table, text):
+    assert gpt2_table.encode(text) == gpt2().encode(text)
+
+
+@given(
+    st.lists(st.text(st.sampled_from("aab é\n愛"), max_size=50), max_size=5),
+    st.integers(257, 320),
+    st.sampled_from([None, 0, 100, 256, -1]),
+)
+def test_merges_are_found_in_the_tokens_of_any_bpe(texts, size, end):
+    bpe = train_bpe(texts, size)
+    tokens = bpe.token_bytes()
+    last = tokens.pop()
+    if end is not None:
+        end = min(end, len(tokens)) if end >= 0 else len(tokens)
+        tokens.insert(end, last)
+    table = TableTokenizer(tuple(tokens), end)
+    assert letters_of(table.merges) == [tuple(pair) for pair in bpe.to_dict()["model"]["merges"]]
+    for text in texts:
+        assert table.decode(table.encode(text)) == text
+        if end == bpe.bos:
+            assert table.encode(text) == bpe.encode(text)
+
+
+BYTES = tuple(bytes([byte]) for byte in range(256))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "end"),
+    [
+        (BYTES[:255], None),
+        ((*BYTES[:255], b"ab"), None),
+        ((*BYTES[:255], b"a"), None),
+        ((*BYTES, b""), None),
+        ((*BYTES, b"a"), None),
+        ((*BYTES, b"ab", b"ab"), None),
+        ((*BYTES, b"abc"), None),  # of three parts
+        ((*BYTES, b"ab", b"cd", b"abcde"), None),
+        ((*BYTES, b"abc", b"ab"), None),  # not in order
+        ((*BYTES, b"ab", END.encode()), None),
+        ((*BYTES, b"ab", b"<end>"), 257),
+        ((*BYTES, b"ab", END.encode()), 256),
+    ],
+)
+def test_tokens_that_tell_no_merges(tokens, end):
+    table = TableTokenizer(tokens, end)
+    assert table.merges is None
+    assert table.decode([97, 98]) == tokens[97].decode() + tokens[98].decode()
+    with pytest.raises(DataError, match="only turns tokens into text"):
+        table.encode("a")
+
+
+def test_llmcs_tokenizer_without_the_library(child, tmp_path):
+    path = write_table(tmp_path / "gpt2_tokenizer.bin", [*BYTES, b"ab", END.encode()], end=257)
+    told = child(
+        "import sys; sys.modules['tokenizers'] = None\n"
+        "from pathlib import Path; from tapeless.data.tokenizers import read_tokenizer\n"
+        f"table = read_tokenizer(Path({str(path)!r}))\n"
+        "print(table.decode([256, 99]), table.encode(''))\n"
+        "try: table.encode('abc')\n"
+        "except Exception as error: print(error)"
+    )
+    assert told.splitlines() == [
+        "abc []",
+        "GPT-2's kind of tokenizer needs the tokenizers library: pip install 'tapeless[bpe]'.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -409,6 +609,27 @@ def test_a_model_speaks_its_tokenizer(small, tmp_path):
     assert "tokenizer.json is damaged" in refused("sample", "run", *options, cwd=tmp_path)
 
 
+def test_a_model_beside_llmcs_tokenizer(small, tmp_path):
+    config = get_preset("gpt2").model.replace(vocab_size=270, n_layer=1, **SHAPE)
+    tl.GPT(config, engine="reference").save(tmp_path / "run")
+    succeeds("convert", "run", "gpt2.bin", cwd=tmp_path)
+    options = ("--prompt", "whether", "-n", 3, "--engine", "reference")
+    error = refused("sample", "gpt2.bin", *options, cwd=tmp_path)
+    assert "put the model's tokenizer (tokenizer.json, or llm.c's gpt2_tokenizer.bin) beside it" in error
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    evaluating = ("eval", "gpt2.bin", "text.txt", "--engine", "reference")
+    assert "llm.c's gpt2_tokenizer.bin) beside it" in refused(*evaluating, cwd=tmp_path)
+
+    write_table(tmp_path / "gpt2_tokenizer.bin", small.token_bytes(), end=269)
+    told = succeeds("sample", "gpt2.bin", *options, cwd=tmp_path)
+    assert (told.stderr, told.stdout.count("whether")) == ("", 3)
+    assert re.search(
+        rf"^tokens +{len(small.encode(TEXTS[0])) - 1}$", succeeds(*evaluating, cwd=tmp_path).stdout, re.M
+    )
+    model = tl.load(tmp_path / "gpt2.bin", "reference")
+    assert model.generate("whether", n=1) == model.generate(small.encode("whether"), n=1)
+
+
 def test_a_model_with_llmcs_tokenizer_speaks_too(tmp_path):
     tokenizer = read_tokenizer(write_table(tmp_path / "gpt2_tokenizer.bin", TABLE))
     model = tl.GPT(tl.GPTConfig(vocab_size=5, **SHAPE), engine="reference", tokenizer=tokenizer)
@@ -416,6 +637,8 @@ def test_a_model_with_llmcs_tokenizer_speaks_too(tmp_path):
     assert set("".join(tl.load(tmp_path / "run", "reference").generate(n=20))) <= set("a bé\ufffd")
     error = refused("sample", "run", "--prompt", "a", "--engine", "reference", cwd=tmp_path)
     assert "only turns tokens into text" in error
+    told = succeeds("sample", "run", "--prompt", "1 2", "-n", 3, "--engine", "reference", cwd=tmp_path)
+    assert told.stdout.count("a b") >= 3
 
 
 def test_a_model_without_a_tokenizer_speaks_numbers(tmp_path):
@@ -428,6 +651,7 @@ def test_a_model_without_a_tokenizer_speaks_numbers(tmp_path):
             model.generate(prompt)
     model.save(tmp_path / "run")
     told = succeeds("sample", "run", "-n", 4, "--engine", "reference", cwd=tmp_path)
-    assert told.stderr == "run has no tokenizer: these are tokens as numbers.\n"
+    [line] = told.stderr.splitlines()
+    assert line.startswith("run has no tokenizer: these are tokens as numbers. To have text, put ")
     rows = [[int(word) for word in line.split()] for line in told.stdout.splitlines()]
     assert np.array(rows).shape == (4, 8)

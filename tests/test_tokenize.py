@@ -119,6 +119,14 @@ def test_a_text_with_few_tokens(tmp_path):
     assert read_tokenizer(tmp_path).vocab_size == 259
 
 
+def test_a_bpe_of_a_long_text(tmp_path):
+    """It is trained in a process of its own."""
+    text = TEXT * 1300
+    (tmp_path / "play.txt").write_text(text)
+    succeeds("tokenize", "play.txt", "--train-bpe", 300, "--val-fraction", 0.5, "--out", ".", cwd=tmp_path)
+    assert read_tokenizer(tmp_path) == train_bpe([text[: len(text) // 2]], 300)
+
+
 def test_spelled_out_ends_are_separators(tmp_path):
     (tmp_path / "tales.txt").write_text("Once.\n<|endoftext|>\nTwice.\n")
     options = ("--tokenizer", gpt2_files(), "--val-fraction", 0, "--out", ".")
@@ -239,6 +247,15 @@ def test_blocks_are_the_text(tmp_path_factory, parts, held_out, lines):
                 assert block.held_out == read[-1][0]
                 read[-1] = block.held_out, read[-1][1] + block.text
     assert read == list(divided([p.encode() for p in parts], int((1 - held_out) * size), lines))
+
+
+@given(st.text(st.sampled_from("a b\n.é愛\t")), st.integers(1, 5))
+def test_pieces_are_the_text(text, length):
+    parts = list(texts_module.pieces(text, length))
+    assert "".join(parts) == text
+    assert all(len(part) >= length for part in parts[:-1])
+    ends = {seam.start() for seam in texts_module.SEAM.finditer(text)}
+    assert {sum(map(len, parts[:i])) for i in range(1, len(parts))} <= ends
 
 
 STREAMS = """
@@ -366,21 +383,28 @@ def long(tmp_path_factory):
     return folder
 
 
-def started(long):
-    """The command at work in two processes, and those processes."""
-    arguments = ["tokenize", "long.txt", "--tokenizer", "chars", "--processes", "2", "--out", "data"]
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], cwd=long, env=environment(), start_new_session=True,
+def popen(*arguments, cwd):
+    return subprocess.Popen(
+        [*COMMAND, "tokenize", *arguments], cwd=cwd, env=environment(), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def workers_of(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+def started(long):
+    """The command at work in two processes, and those processes."""
+    process = popen("long.txt", "--tokenizer", "chars", "--processes", "2", "--out", "data", cwd=long)
     shard = long / "data/.long.part/long_train_000001.bin"
     deadline = time.monotonic() + 60
     while not (shard.exists() and shard.stat().st_size > 200_000):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return process, [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return process, workers_of(process)
 
 
 def gone(pids):
@@ -406,6 +430,39 @@ def test_ctrl_c(long):
     assert "Traceback" not in errors
     assert {p.name for p in long.iterdir()} == {"long.txt"}
     assert gone(workers)
+
+
+def training_bpe(long):
+    """The command while it reads the text to make a tokenizer, and the process that does it."""
+    process = popen("long.txt", "--train-bpe", "1000", "--out", "data", cwd=long)
+    told = process.stderr.readline()
+    assert re.fullmatch(r"reading: \d+ of \d+ MB\n", told)
+    return process, workers_of(process)
+
+
+@needs_proc
+def test_ctrl_c_while_a_bpe_is_trained(long):
+    process, workers = training_bpe(long)
+    assert len(workers) == 1
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5  # the text alone takes longer
+    assert (process.returncode, errors.splitlines()[-1]) == (130, "Interrupted.")
+    assert "Traceback" not in errors
+    assert {p.name for p in long.iterdir()} == {"long.txt"}
+    assert gone(workers)
+
+
+@needs_proc
+def test_a_process_that_dies_while_a_bpe_is_trained(long):
+    process, workers = training_bpe(long)
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: a process that tokenizes has died" in errors
+    assert "Traceback" not in errors
+    assert {p.name for p in long.iterdir()} == {"long.txt"}
 
 
 @needs_proc

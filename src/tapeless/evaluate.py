@@ -16,7 +16,7 @@ from tapeless.data.files import find_tokens
 from tapeless.data.orders import Tokens
 from tapeless.data.shards import Shards
 from tapeless.data.sources import are_tokens
-from tapeless.data.tokenizers import CharTokenizer, Tokenizer
+from tapeless.data.tokenizers import REMEDY, CharTokenizer, Tokenizer
 from tapeless.errors import DataError, NumericsError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _open(model: GPT, data: Any, lines: bool | None) -> Tokens:
         files = [Path(data)] if Path(data).is_file() else found.val or found.train
         return Shards(files, model.config.vocab)
     if tokenizer is None:
-        raise DataError(f"the model has no tokenizer to read {data} with: give token shards.")
+        raise DataError(f"the model has no tokenizer to read {data} with: give token shards, or {REMEDY}.")
     if lines is None:
         lines = isinstance(tokenizer, CharTokenizer) and tokenizer.bos is not None
     documents = read_documents(data, whole=not lines)

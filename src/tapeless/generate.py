@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from tapeless.config import MAX_SIZE, number, whole
+from tapeless.data.table import TableTokenizer
 from tapeless.data.tokenizers import Numbers
 from tapeless.errors import ConfigError, DataError
 from tapeless.rng import Random
@@ -31,7 +33,7 @@ def generate(
     """`n` texts that begin with `prompt` and go on until BOS, or `max_tokens` new tokens, as they come.
 
     Without a BOS in the tokenizer, texts only end at `max_tokens`, and an empty prompt is a line end.
-    Without a tokenizer, texts are tokens as numbers.
+    Without a tokenizer, texts are tokens as numbers; so is the prompt where the tokenizer cannot encode.
 
     Each token is drawn from softmax(logits / temperature), temperature 0 taking the likeliest;
     `top_k` > 0 keeps only the k likeliest, `top_p` < 1 the likeliest that together reach p.
@@ -44,7 +46,7 @@ def generate(
     top_k = whole("top_k", top_k, 0, MAX_SIZE)
     top_p = number("top_p", top_p, 0, 1, ends="high")
     tokenizer = Numbers(model.config.vocab) if model.tokenizer is None else model.tokenizer
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt, tokenizer.vocab_size)
+    ids = _encoded(prompt, tokenizer) if isinstance(prompt, str) else _token_ids(prompt, tokenizer.vocab_size)
     context = ids if tokenizer.bos is None and ids else [tokenizer.start, *ids]
     if max_tokens is None:
         max_tokens = min(max(1, model.config.block_size - len(ids)), MAX_TOKENS)
@@ -71,6 +73,13 @@ def generate(
         rng.uniforms(used)
         for row in rows:
             yield tokenizer.decode([*ids, *row.tolist()])
+
+
+def _encoded(prompt: str, tokenizer: Any) -> list[int]:
+    if isinstance(tokenizer, TableTokenizer) and tokenizer.merges is None:
+        with suppress(DataError):  # the tokenizer's own tells more
+            return Numbers(tokenizer.vocab_size).encode(prompt)
+    return tokenizer.encode(prompt)
 
 
 def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:

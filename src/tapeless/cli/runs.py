@@ -178,6 +178,7 @@ def sample(
     precision: Precision = None,
 ) -> None:
     """Generate texts with a trained model."""
+    from tapeless.data.tokenizers import REMEDY
     from tapeless.generate import generate, listed
     from tapeless.init import generator
     from tapeless.model import load
@@ -185,7 +186,7 @@ def sample(
 
     model = load(run, "cpu" if engine is None else engine, threads=threads, precision=precision)
     if model.tokenizer is None:
-        say(f"{run} has no tokenizer: these are tokens as numbers.")
+        say(f"{run} has no tokenizer: these are tokens as numbers. To have text, {REMEDY}.")
     model.engine.notice = lambda: say(COMPILING)
     rng = generator(model.config, seed)
     for text in listed(generate(model, prompt, n, temperature, rng, top_k, top_p, max_tokens)):

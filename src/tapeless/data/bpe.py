@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tapeless.errors import DataError
+from tapeless import hub
+from tapeless.data.texts import pieces
+from tapeless.errors import DataError, RunError
 
 END = "<|endoftext|>"  # stands between documents
 LEAST = 257  # tokens: the bytes, and END
-HUB = "openai-community/gpt2"
 
 
 class BPETokenizer:
     """Byte-level byte-pair encoding: any text has tokens, and `decode(encode(text)) == text` as long
-    as the tokenizer does not normalise texts (GPT-2's does not).
+    as the tokenizer does not normalise texts (GPT-2's does not), and all 256 bytes are in its vocabulary.
+    Text with another byte is refused, unless the tokenizer has a token for what it does not know.
 
     `bos` is the token `<|endoftext|>`, which a text may also contain spelled out, or None.
 
@@ -35,6 +37,11 @@ class BPETokenizer:
         self._library.no_truncation()
         self._library.no_padding()
         self.bos: int | None = self._library.token_to_id(END)
+        vocab, unknown = description["model"]["vocab"], description["model"].get("unk_token")
+        # The library would leave these out of a text without a word.
+        self._missing = {
+            byte[0] for letter, byte in _alphabet().items() if not {letter, unknown} & vocab.keys()
+        }
 
     @cached_property
     def vocab_size(self) -> int:
@@ -47,9 +54,15 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         try:
-            text.encode()
+            written = text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"the text is not Unicode: it has {text[error.start]!r}.") from None
+        if self._missing and (unknown := self._missing.intersection(written)):
+            example = next(c for c in text if unknown.intersection(c.encode()))
+            raise DataError(
+                f"the tokenizer cannot encode {example!r}: its vocabulary has {256 - len(self._missing)} "
+                "of the 256 bytes, and no token for what it does not know."
+            )
         [encoding] = self._library.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
 
@@ -95,14 +108,18 @@ def library() -> Any:
 
 
 def _check(description: dict[str, Any]) -> None:
-    """Raise `DataError` for another kind of tokenizer, or for merges that the vocabulary does not have:
-    they would make the library panic."""
+    """Raise `DataError` for another kind of tokenizer, for two tokens of one id, or for merges that the
+    vocabulary does not have: they would make the library panic."""
     try:
         model = description["model"]
         kind = model.get("type", "BPE" if "merges" in model else "unknown")  # older files name none
-        around = json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
+        around = json.dumps([description.get("pre_tokenizer"), description.get("normalizer")])
         if kind != "BPE" or '"ByteLevel"' not in around:
             raise DataError(f"it describes a {kind} tokenizer; expected byte-level BPE, as GPT-2's.")
+        token_of: dict[int, str] = {}
+        for token, i in model["vocab"].items():
+            if (first := token_of.setdefault(i, token)) != token:
+                raise DataError(f"it gives {first!r} and {token!r} the same id, {i}.")
         for merge in model["merges"]:
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             if not {left, right, left + right} <= model["vocab"].keys():
@@ -111,7 +128,18 @@ def _check(description: dict[str, Any]) -> None:
         raise DataError("it describes no tokenizer: it has no vocabulary and merges.") from None
 
 
-def _describe(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
+def from_bytes(tokens: Sequence[bytes], merges: Iterable[tuple[bytes, bytes]]) -> BPETokenizer:
+    """GPT-2's way with these tokens, in order of their ids, and these merges, in theirs."""
+    letter_of = {byte[0]: letter for letter, byte in _alphabet().items()}
+
+    def spelled(token: bytes) -> str:
+        return "".join([letter_of[byte] for byte in token])
+
+    vocab = {spelled(token): i for i, token in enumerate(tokens)}
+    return BPETokenizer(_describe(vocab, [[spelled(left), spelled(right)] for left, right in merges]))
+
+
+def _describe(vocab: Mapping[str, int], merges: list[list[str]]) -> dict[str, Any]:
     """GPT-2's way with this vocabulary and these merges."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -156,25 +184,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # The library takes 256 texts at a time: in small ones, it takes them as fast as it counts their words.
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return BPETokenizer(_describe(model["vocab"] | {END: len(model["vocab"])}, model["merges"]))
 
 
 def fetch_gpt2() -> Path:
-    """GPT-2's tokenizer.json, from Hugging Face's hub or where it was kept the last time.
+    """The folder of GPT-2's tokenizer.json, from Hugging Face's hub or where it was kept the last time.
 
     Raises `DataError` if that is not possible.
     """
-    elsewhere = "give the folder of its vocab.json and merges.txt (or encoder.json and vocab.bpe)"
+    instead = "the folder of its vocab.json and merges.txt (or encoder.json and vocab.bpe)"
     try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise DataError(
-            f"GPT-2's tokens need its files: {elsewhere}, or fetch them with pip install 'tapeless[hub]'."
-        ) from None
-    try:
-        return Path(hf_hub_download(HUB, "tokenizer.json"))
-    except Exception as error:  # the network's, the hub's, the disk's
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot fetch GPT-2's tokens ({reason:.100}): {elsewhere}.") from None
+        return hub.fetch("gpt2", ["tokenizer.json"], "GPT-2's tokenizer is not on this machine", instead)
+    except RunError as error:
+        raise DataError(str(error)) from None

@@ -1,14 +1,17 @@
-"""llm.c's tokenizer file, `gpt2_tokenizer.bin`: the bytes of each token. It can decode, not encode."""
+"""llm.c's tokenizer file, `gpt2_tokenizer.bin`: the bytes of each token, and the merges that made them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tapeless.data.bpe import END, BPETokenizer, from_bytes
 from tapeless.errors import DataError
 
 MAGIC = 20240328
@@ -18,7 +21,10 @@ GPT2_TOKENS, GPT2_END = 50257, 50256  # version 1 does not name the end
 
 @dataclass(frozen=True)
 class TableTokenizer:
-    """The bytes of each token, and `bos`, the token that stands between documents."""
+    """The bytes of each token, and `bos`, the token that stands between documents.
+
+    Where the tokens are of GPT-2's kind they tell how to encode, too: see `find_merges`.
+    """
 
     tokens: tuple[bytes, ...]
     bos: int | None
@@ -37,13 +43,24 @@ class TableTokenizer:
         return 0 if self.bos is None else self.bos
 
     def encode(self, text: str) -> list[int]:
-        """The empty text has no tokens. Raises `DataError` for any other."""
-        if text:
+        """GPT-2's tokens of `text`. Raises `DataError` for any but the empty one where the merges are not
+        known, or the library is not there."""
+        return self._encoder.encode(text) if text else []
+
+    @cached_property
+    def merges(self) -> list[tuple[bytes, bytes]] | None:
+        """What the tokens were merged from; None where they do not tell."""
+        return find_merges(self.tokens, self.bos)
+
+    @cached_property
+    def _encoder(self) -> BPETokenizer:
+        if self.merges is None:
             raise DataError(
-                "llm.c's tokenizer file only turns tokens into text: for the other way give GPT-2's "
-                "vocab.json and merges.txt, or tokenizer.json."
+                "this tokenizer only turns tokens into text, since its own are not merged from two others "
+                "each, as GPT-2's are: for the other way put tokenizer.json, or vocab.json and merges.txt, "
+                "in its place, or give tokens as numbers."
             )
-        return []
+        return from_bytes(self.tokens, self.merges)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; bytes that are no UTF-8 become U+FFFD, and ids without a token nothing."""
@@ -64,6 +81,33 @@ class TableTokenizer:
         if not (isinstance(bos, int | None) and all(isinstance(t, str) for t in data["tokens"])):
             raise TypeError
         return cls(tuple(t.encode("latin-1") for t in data["tokens"]), bos)
+
+
+def find_merges(tokens: Sequence[bytes], end: int | None) -> list[tuple[bytes, bytes]] | None:
+    """The merges of the byte-level BPE that has these tokens, in order; `end` is `<|endoftext|>`.
+
+    A BPE makes each token of two parts, and numbers it when it does. Merging a token's bytes with the
+    merges before its own must therefore leave these two. None where that is not so, or the first 256
+    tokens are not the bytes.
+    """
+    ordinary = [token for i, token in enumerate(tokens) if i != end]
+    if end is not None and tokens[end] != END.encode():
+        return None
+    if len({*tokens}) < len(tokens) or [len(token) for token in ordinary[:256]] != [1] * 256:
+        return None
+    ranks: dict[tuple[bytes, bytes], int] = {}
+    last = len(ordinary)
+    for rank, token in enumerate(ordinary[256:]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best, i = min([(ranks.get(pair, last), i) for i, pair in enumerate(pairwise(parts))])
+            if best == last:
+                return None
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) < 2:
+            return None
+        ranks[parts[0], parts[1]] = rank
+    return list(ranks)
 
 
 def read_table(path: Path) -> TableTokenizer:

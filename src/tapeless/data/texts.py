@@ -105,6 +105,15 @@ def _seam(text: str) -> int:
     return len(text)
 
 
+def pieces(text: str, length: int = 4096) -> Iterator[str]:
+    """`text` in pieces of at least so many characters, but for the last."""
+    at = 0
+    while seam := SEAM.search(text, at + length):
+        yield text[at : seam.start()]
+        at = seam.start()
+    yield text[at:]
+
+
 def _decoded(path: Path, cut: int, told: Told) -> Iterator[tuple[str, bool]]:
     """The text of a file, and whether it lies beyond byte `cut`."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)

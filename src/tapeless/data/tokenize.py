@@ -18,7 +18,7 @@ from tapeless.data.files import NAME
 from tapeless.data.shards import MOST, ShardWriter
 from tapeless.data.texts import BLOCK, Texts
 from tapeless.data.tokenizers import CharTokenizer, Tokenizer, read_tokenizer
-from tapeless.data.workers import documents, encoded
+from tapeless.data.workers import documents, encoded, trained
 from tapeless.errors import DataError
 from tapeless.team import processors
 
@@ -116,7 +116,8 @@ def _tokenizer(
 ) -> Tokenizer:
     if train is not None:
         progress.begin("reading", source.size)
-        return train_bpe((b.text for b in source.blocks(progress.advance) if not b.held_out), train)
+        texts = (b.text for b in source.blocks(progress.advance) if not b.held_out)
+        return (trained if source.size >= WORTHWHILE else train_bpe)(texts, train)
     if kind == "chars":
         progress.begin("reading", source.size)
         chars: set[str] = set()

@@ -18,6 +18,7 @@ MADE = ("chars", "letters", "text")  # the kinds that are made of the data, and 
 # In a folder, the first of these that is there is its tokenizer.
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 FILES = ("tokenizer.json", *(vocab for vocab, _ in PAIRS), "gpt2_tokenizer.bin")
+REMEDY = "put the model's tokenizer (tokenizer.json, or llm.c's gpt2_tokenizer.bin) beside it"
 
 
 class Tokenizer(Protocol):
@@ -142,7 +143,7 @@ class Numbers:
         if not all(word.isdecimal() and int(word) < self.vocab_size for word in words):
             raise DataError(
                 f"without a tokenizer, the prompt must be tokens from 0 to {self.vocab_size - 1}, "
-                f"such as '1 2 3', not {text!r:.60}."
+                f"such as '1 2 3', not {text!r:.60}; or {REMEDY}."
             )
         return [int(word) for word in words]
 
@@ -205,10 +206,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if (found := find_tokenizer(path)) is None:
             raise DataError(f"{path} has no tokenizer; expected one of {', '.join(FILES)}.")
         path = found
+    _regular(path)
     if magic_number(path) == MAGIC:
         return read_table(path)
     for vocab, merges in PAIRS:
         if path.name == merges:
+            _regular(path.with_name(vocab))
             return read_pair(path.with_name(vocab), path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -229,3 +232,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return tokenizer_from_dict(content)
     except DataError as error:
         raise DataError(f"{path} is no tokenizer that can be used: {error}") from None
+
+
+def _regular(path: Path) -> None:
+    """Refuse what would be waited for, such as a pipe. What is not there is left to be read in vain."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no regular file; expected a tokenizer's file or folder.")

@@ -1,4 +1,5 @@
-"""Processes that turn blocks of text into tokens, each block of a stream by the next one in turn."""
+"""Processes that turn blocks of text into tokens, each block of a stream by the next one in turn; and one
+that makes a tokenizer of them."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ import multiprocessing
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from tapeless.data.bpe import BPETokenizer, library, train_bpe
 from tapeless.data.texts import Block
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.errors import DataError
@@ -48,22 +50,33 @@ def encoded(
         for block in blocks:
             yield block, encode(tokenizer, block.text, block.opens, lines)
         return
-    with _started(json.dumps(tokenizer.to_dict()), lines, processes) as connections:
+    with _started(processes, _work, json.dumps(tokenizer.to_dict()), lines) as connections:
         idle, busy = deque(connections), deque[tuple[Any, Block]]()
         for block in blocks:
             if not idle:
                 connection, earlier = busy.popleft()
-                yield earlier, _answer(connection)
+                yield earlier, _tokens(connection)
                 idle.append(connection)
             connection = idle.popleft()
-            _ask(connection, block)
+            _send(connection, bytes([block.opens]) + block.text.encode())
             busy.append((connection, block))
         for connection, earlier in busy:
-            yield earlier, _answer(connection)
+            yield earlier, _tokens(connection)
+
+
+def trained(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """`train_bpe` in a process of its own. The library does not listen to Ctrl-C, but a process can be
+    ended at any time."""
+    library()
+    with _started(1, _train, vocab_size) as [connection]:
+        for text in texts:
+            _send(connection, text.encode())
+        _send(connection, b"")
+        return BPETokenizer(json.loads(_answer(connection)))
 
 
 @contextmanager
-def _started(description: str, lines: bool, processes: int) -> Iterator[list[Any]]:
+def _started(processes: int, work: Callable[..., None], *arguments: Any) -> Iterator[list[Any]]:
     """Connections to so many processes, which end when these are closed, or this process ends."""
     context = multiprocessing.get_context("spawn")
     started, connections = [], []
@@ -72,7 +85,7 @@ def _started(description: str, lines: bool, processes: int) -> Iterator[list[Any
             for _ in range(processes):
                 ours, theirs = context.Pipe()
                 connections.append(ours)
-                process = context.Process(target=_work, args=(theirs, description, lines), daemon=True)
+                process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
                 process.start()
                 theirs.close()
                 started.append(process)
@@ -99,24 +112,28 @@ def _without_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _ask(connection: Any, block: Block) -> None:
+def _send(connection: Any, content: bytes) -> None:
     try:
-        connection.send_bytes(bytes([block.opens]) + block.text.encode())
+        connection.send_bytes(content)
     except OSError:
         raise DataError(_DIED) from None
 
 
-def _answer(connection: Any) -> np.ndarray:
+def _tokens(connection: Any) -> np.ndarray:
+    return np.frombuffer(_answer(connection), np.int32, offset=4)
+
+
+def _answer(connection: Any) -> bytes:
     try:
         answer = connection.recv_bytes()
     except (EOFError, OSError):
         raise DataError(_DIED) from None
     if answer[:1] == ERROR:
         raise DataError(answer[1:].decode())
-    return np.frombuffer(answer, np.int32, offset=4)
+    return answer
 
 
-_DIED = "a process that tokenizes has died, perhaps for lack of memory: try fewer --processes."
+_DIED = "a process that tokenizes has died, perhaps for lack of memory: try fewer --processes, or less text."
 
 
 def _work(connection: Any, description: str, lines: bool) -> None:
@@ -131,5 +148,16 @@ def _work(connection: Any, description: str, lines: bool) -> None:
             except DataError as error:
                 answer = ERROR + str(error).encode()
             connection.send_bytes(answer)
+    except (EOFError, OSError):
+        return
+
+
+def _train(connection: Any, vocab_size: int) -> None:
+    def texts() -> Iterator[str]:
+        while text := connection.recv_bytes():
+            yield text.decode()
+
+    try:
+        connection.send_bytes(json.dumps(train_bpe(texts(), vocab_size).to_dict()).encode())
     except (EOFError, OSError):
         return

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from tapeless import hub
 from tapeless.data import shards
 from tapeless.data.tokenizers import find_tokenizer, read_tokenizer
 from tapeless.errors import RunError
-from tapeless.io import hub, huggingface, llmc, runs
+from tapeless.io import huggingface, llmc, runs
 from tapeless.io.tensors import Checkpoint
 
 READ = "a run folder, a Hugging Face folder of GPT-2, or a model file of llm.c"
@@ -32,7 +33,8 @@ def open_model(source: str | Path) -> Checkpoint:
     if path.exists():
         return _open_file(path)
     if hub.is_name(str(source)):
-        return huggingface.open_model(hub.fetch(str(source)))
+        missing, instead = f"there is no file or folder {str(source)!r}", "the folder of a model"
+        return huggingface.open_model(hub.fetch(str(source), huggingface.FILES, missing, instead))
     raise RunError(f"no run folder or model {str(source)!r}.")
 
 

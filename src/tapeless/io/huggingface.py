@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
+FILES = (CONFIG, MODEL, INDEX, "model-*-of-*.safetensors", *TOKENIZER_FILES)  # of all on the hub
 # What must stand in config.json, or not at all. The first is GPT-2's; the others are the same.
 SETTINGS = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
