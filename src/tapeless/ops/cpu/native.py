@@ -152,6 +152,8 @@ def _pipeline() -> Any:
     from numba.core.compiler_machinery import register_pass
     from numba.core.typed_passes import NativeLowering
 
+    REPLACED = ("_optimize_functions", "_optimize_final_module", "_finalize_final_module", "_finalized")
+
     # Enough that the whole stays small: Numba keeps every variable in memory.
     simplify = create_new_function_pass_manager()
     simplify.add_sroa_pass()
@@ -172,10 +174,11 @@ def _pipeline() -> Any:
 
         def run_pass(self, state):
             library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
-            if not (hasattr(library, "_optimize_functions") and hasattr(library, "_optimize_final_module")):
+            if not all(hasattr(library, name) for name in REPLACED):
                 raise RuntimeError(f"numba {numba.__version__} optimises in another way than tapeless knows")
             library._optimize_functions = simplify_functions
             library._optimize_final_module = lambda: None
+            library._finalize_final_module = partial(setattr, library, "_finalized", True)
             state.library = library
             state.flags.no_compile = True
             super().run_pass(state)
