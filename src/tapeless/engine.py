@@ -190,11 +190,8 @@ class Engine:
         if name == "generate_stored":
             ops.embed_forward = ops.embed_stored_forward
 
-        def inline(function: Callable) -> Any:
-            return cpu.jit(function, inline="always")
-
-        schedule = make_schedule(self._runs, ops, inline)
-        return inline(make(schedule, ops, self.config.block_size))
+        schedule = make_schedule(self._runs, ops, cpu.jit)
+        return cpu.jit(make(schedule, ops, self.config.block_size))
 
     def make_ops(self) -> Any:
         """The CPU's ops that programs are compiled with."""
