@@ -192,10 +192,27 @@ def _pipeline() -> Any:
             state.targetctx.insert_user_function(state["cr"].cfunc, state["cr"].fndesc, [library])
             return True
 
+    # Passes for what no op has (closures, exceptions, array expressions, …), each of which would analyse
+    # every function anew.
+    unused = {
+        "WithLifting",
+        "InlineClosureLikes",
+        "RewriteDynamicRaises",
+        "MakeFunctionToJitFunction",
+        "LiteralUnroll",
+        "LiteralPropagationSubPipelinePass",
+        "InlineOverloads",
+        "NopythonRewrites",
+    }
+
     class Pipeline(CompilerBase):
         def define_pipelines(self):
             manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-            manager.passes = [(Lowering if p is NativeLowering else p, why) for p, why in manager.passes]
+            manager.passes = [
+                (Lowering if each is NativeLowering else each, why)
+                for each, why in manager.passes
+                if each.__name__ not in unused
+            ]
             manager.finalize()
             return [manager]
 
