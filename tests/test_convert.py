@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import golden
+import hub
 import tapeless as tl
 from commands import contents, environment, refused, succeeds
 from tapeless.errors import RunError
@@ -331,6 +332,17 @@ def test_the_real_hub_package_without_network(tmp_path):
     pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
     env = environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert "cannot be reached" in refused("sample", "gpt2", cwd=tmp_path, env=env)
+
+
+def test_the_real_hub_package_fetches(tmp_path):
+    pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
+    with hub.serving("someone/small", FILES / "huggingface") as address:
+        env = environment(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"), NO_PROXY="127.0.0.1")
+        succeeds("convert", "someone/small", "out.bin", cwd=tmp_path, env=env)
+        assert "nor a public model" in refused("sample", "someone/else", cwd=tmp_path, env=env)
+    assert (tmp_path / "out.bin").read_bytes() == WHOLE
+    env = environment(HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")  # fetched once is there for good
+    succeeds("convert", "someone/small", "again.bin", cwd=tmp_path, env=env)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "runs/gpt2-1", "./gpt2/x", "/gpt2", "a/b/c", "there/gpt2"])

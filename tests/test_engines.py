@@ -318,6 +318,25 @@ def test_generation_is_the_full_forward_pass_token_by_token(pair, name):
     check()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [4, 3], ids=["whole-vectors", "odd"])
+def test_long_prompts_are_read_in_pieces(heads, threads):
+    """Of 64 tokens, and whatever is left but the last; up to the block, and beyond it."""
+    config = PRESETS["microgpt"].replace(n_layer=2, n_head=heads, n_embd=8 * heads, block_size=140)
+    exact = random_model(config)
+    cpu = tl.GPT(config, None, threads=threads)
+    cpu.engine.params[:] = exact.engine.params
+    rng = np.random.default_rng(heads)
+    for length in (1, 2, 9, 64, 65, 66, 67, 129, 130, 138, 140, 150):
+        prompt, uniforms = rng.integers(0, config.vocab, length).tolist(), rng.random(6)
+        options = {"stop": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "uniforms": uniforms}
+        rows, used, margin = generate_slowly(exact, prompt, 2, 3, **options)
+        assert margin > 1e-5, "another seed, please: float32 may choose the neighbour here"
+        for model in (exact, cpu):
+            got, got_used = model.engine.generate(prompt, 2, 3, **options)
+            assert ([row.tolist() for row in got], got_used) == (rows, used)
+
+
 # ---------------------------------------------------------------- sampling
 
 

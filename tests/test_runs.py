@@ -199,6 +199,35 @@ def interrupt(*arguments, cwd, folder):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends signals")
+def test_ctrl_c_twice_leaves_out_a_long_validation(tmp_path):
+    held = ("--set", "val_fraction=0.99", "--eval-every", "5", "--batch-size", "1")
+    process = start("train", "--engine", "reference", *held, "--out", "run", cwd=tmp_path)
+    assert "microgpt" in process.stderr.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "Stopping when this is done. Ctrl-C again leaves it out.\n"
+    process.send_signal(signal.SIGINT)
+    out, told = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert told.splitlines()[-1].startswith("Stopped after step 0; saved.")
+    assert (tmp_path / "run/state.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+def test_generating_shows_texts_as_they_come_and_hears_ctrl_c(tmp_path):
+    config = tl.presets["microgpt"].model.replace(n_embd=256, n_layer=6, block_size=512, vocab_size=40)
+    tl.GPT(config, 0).save(tmp_path / "run")
+    process = start("sample", "run", "-n", "1000", "--max-tokens", "400", cwd=tmp_path)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert len(first.split()) == 400
+    assert len(rest.splitlines()) < 100
+    assert told.splitlines()[-1] == "Interrupted."
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
 @pytest.mark.parametrize("preset", ["microgpt", "esp32gpt"])
 def test_ctrl_c_saves_and_says_how_to_go_on(preset, tmp_path):
     arguments = ["--preset", preset, "--steps", "100000000"]
@@ -207,7 +236,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(preset, tmp_path):
     found = re.fullmatch(
         r"Stopped after step ([\d,]+); saved\. Go on with: tapeless train --resume --out 'in parts'", said
     )
-    assert found
+    assert found, said
     first = int(found[1].replace(",", ""))
     assert len(losses(parts)) == first > 0
     interrupt("--resume", "--out", "in parts", cwd=tmp_path, folder=parts)

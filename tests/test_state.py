@@ -210,10 +210,10 @@ def test_states_that_are_none(here):
         (["--block-size", "7"], "block_size must be a whole number from 1 to 6"),
         (["--batch-size", "0"], "batch_size must be a whole number from 1"),
         (["--seed", "-1"], "seed must be"),
-        (["--data", "llmc_v1.bin"], "is no token shard"),
-        (["--data", "none.bin"], "cannot read none.bin"),
+        (["--data", "llmc_v1.bin"], "is an llm.c model; expected token ids"),
+        (["--data", "none.bin"], "none.bin is no file; expected token ids"),
         (["--data", "shard.bin"], "has 3 tokens; expected 25 at least"),
-        (["--data", "large.bin"], "has the token 400, but the model knows only 11"),
+        (["--data", "large.bin"], "has the token 400 at position 0; the vocabulary has 11 tokens"),
     ],
 )
 def test_states_that_cannot_be_written(arguments, words, here, refusal):

@@ -16,7 +16,6 @@ from tapeless.config import GPTConfig
 from tapeless.errors import ConfigError, did_you_mean
 from tapeless.layout import (
     BATCH,
-    ME,
     Plan,
     Tensor,
     activation_grads,
@@ -27,6 +26,7 @@ from tapeless.layout import (
     decoding,
     parameter_plan,
     parameters,
+    piece,
     stored_parameters,
     streamed_width,
     view_class,
@@ -53,6 +53,10 @@ def effective(config: GPTConfig, engine: str) -> GPTConfig:
     """The config whose buffers and passes an engine really has: the compiled engine runs every attention
     in its flash form, in tiles of its own; results are the same, and less is kept and moved."""
     return config.replace(attention="flash", attention_tile=1) if engine == "cpu" else config
+
+
+# Parameters times tokens that one call of a generating program reads: a fraction of a second.
+GENERATING = 2_000_000_000
 
 
 class Engine:
@@ -137,16 +141,12 @@ class Engine:
 
     @cached_property
     def _decoding(self) -> list[tuple[Any, Any]]:
-        """The groups `c` and `batch` of each thread. The first has the only row; of what is large, all
-        have a part."""
+        """The groups `c` and `batch` of each thread."""
         threads = decoding_team(self.config, self.threads) if self.name == "cpu" else 1
-        sizes = {"N": 1, "D": 1, "W": threads, "X": streamed_width(self.config)}
+        sizes = {"N": piece(self.config), "D": 1, "W": threads, "X": streamed_width(self.config)}
         c, batch = self._views("c", decoding(self._runs), sizes), self._views("batch", BATCH, sizes)
-        batch.sizes[:] = 1
-        batches = _shares(batch, threads)
-        for part in batches:
-            part.share[:3] = part.share[ME] > 0, 1, 1
-        return [(c, part) for part in batches]
+        batch.sizes[1] = 1
+        return [(c, part) for part in _shares(batch, threads)]
 
     @cached_property
     def _stored(self) -> tuple[np.ndarray, Any]:
@@ -300,27 +300,30 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> tuple[list[np.ndarray], int]:
-        """`n` continuations of the prompt of at most `max_tokens`, and how many uniforms were used."""
-        length = len(prompt)
+        """`n` continuations of the prompt of at most `max_tokens`, and how many uniforms were used.
+
+        Compiled code hears no Ctrl-C, so it comes back every now and then."""
+        length, at_once = len(prompt), max(1, GENERATING // self.params.size)
         out = view_class("out", SAMPLES)(
             np.zeros((n, length + max_tokens), np.int32),
             np.zeros(n, np.int32),
             uniforms,
-            np.zeros(1, np.int64),
+            np.array([0, length, 0, 0]),
             np.empty(self.config.vocab),
-            np.array([length, stop, temperature, top_k, top_p], np.float64),
+            np.array([length, stop, at_once, temperature, top_k, top_p], np.float64),
         )
         out.tokens[:, :length] = prompt
         self._decoding[0][1].arrivals[:] = 0
-        name, p = "generate", self.p
+        name, weights = "generate", [self.p]
         if self.name == "cpu" and self.config.precision == "bf16" and streamed_width(self.config):
-            name, p = "generate_stored", self._stored[1]
+            name, weights = "generate_stored", [self.p, self._stored[1]]
             pieces = [slice(*ends) for ends in parts(self.params.size, len(self._decoding))]
-            weights = view_class("weights", WEIGHTS)
-            self._run("round", [(weights(self.params[i], self._stored[0][i]),) for i in pieces])
-        self._run(name, [(p, c, batch, out) for c, batch in self._decoding])
+            rounding = view_class("weights", WEIGHTS)
+            self._run("round", [(rounding(self.params[i], self._stored[0][i]),) for i in pieces])
+        while out.state[0] < n:
+            self._run(name, [(*weights, c, batch, out) for c, batch in self._decoding])
         rows = [row[length:end] for row, end in zip(out.tokens, out.lengths, strict=True)]
-        return rows, int(out.used[0])
+        return rows, int(out.state[3])
 
 
 def uses(engine: Engine, documents: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tapeless.config import MAX_SIZE, number, whole
@@ -11,7 +11,8 @@ from tapeless.errors import ConfigError, DataError
 from tapeless.rng import Random
 from tapeless.settings import MAX_TEMPERATURE, MAX_TEXTS, MAX_TOKENS
 
-MANY = 2**16  # tokens asked of the engine in one call
+# Tokens asked of the engine in one call: at most, and times parameters, some seconds of work.
+MANY, WORK = 2**16, 10_000_000_000
 
 if TYPE_CHECKING:
     from tapeless.model import GPT
@@ -21,14 +22,13 @@ def generate(
     model: GPT,
     prompt: str | Sequence[int],
     n: int,
-    *,
     temperature: float,
     rng: Random,
     top_k: int = 0,
     top_p: float = 1.0,
     max_tokens: int | None = None,
-) -> list[str]:
-    """`n` texts that begin with `prompt` and go on until BOS, or `max_tokens` new tokens.
+) -> Iterator[str]:
+    """`n` texts that begin with `prompt` and go on until BOS, or `max_tokens` new tokens, as they come.
 
     Without a BOS in the tokenizer, texts only end at `max_tokens`, and an empty prompt is a line end.
     Without a tokenizer, texts are tokens as numbers.
@@ -50,9 +50,10 @@ def generate(
         max_tokens = min(max(1, model.config.block_size - len(ids)), MAX_TOKENS)
     max_tokens = whole("max_tokens", max_tokens, 1, MAX_TOKENS)
 
-    texts: list[str] = []
-    while len(texts) < n:
-        some = min(n - len(texts), max(1, MANY // max_tokens))
+    at_once = max(1, min(MANY, WORK // model.engine.params.size) // max_tokens)
+    while n:
+        some = min(n, at_once)
+        n -= some
         start = rng.state()
         rows, used = model.engine.generate(
             context,
@@ -68,8 +69,8 @@ def generate(
         # and take only those used, as if each had been drawn when it was needed.
         rng.restore(start)
         rng.uniforms(used)
-        texts += [tokenizer.decode([*ids, *row.tolist()]) for row in rows]
-    return texts
+        for row in rows:
+            yield tokenizer.decode([*ids, *row.tolist()])
 
 
 def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
@@ -79,7 +80,10 @@ def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
         raise DataError(f"the prompt must be text, or tokens from 0 to {vocab_size - 1}.") from None
 
 
-def listed(texts: list[str]) -> str:
-    """Texts one under the other, with a line between them where some have several lines."""
-    between = "---\n" if any("\n" in text for text in texts) else ""
-    return between.join(f"{text}\n" for text in texts)
+def listed(texts: Iterable[str]) -> Iterator[str]:
+    """Texts to be shown one under the other, from the first on that has several lines with a line between."""
+    between, several = "", False
+    for text in texts:
+        several = several or "\n" in text
+        yield f"{between if several else ''}{text}\n"
+        between = "---\n"

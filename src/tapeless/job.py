@@ -93,14 +93,14 @@ class Job:
         due = self.step == t.steps or (t.eval_every and self.step % t.eval_every == 0)
         return self.data.val is not None and bool(due)
 
-    def evaluate(self) -> tuple[float, bool]:
-        """The loss on what is held out, and whether it is the best so far; then the model is saved in
-        the folder `best`."""
+    def validate(self) -> float:
+        """The loss on what is held out."""
         assert self.data.val is not None
-        t = self.training
-        loss = score(
-            self.model, self.data.val, self.longest, self.longest, t.batch_size, batches=t.eval_batches
-        ).loss
+        t, size = self.training, self.longest
+        return score(self.model, self.data.val, size, size, t.batch_size, batches=t.eval_batches).loss
+
+    def judge(self, loss: float) -> bool:
+        """Whether a validation's loss is the best so far; then the model is saved in the folder `best`."""
         if self.step and math.isfinite(loss):
             self.val_losses[self.step] = loss
         better = loss < self.best[0]
@@ -112,7 +112,7 @@ class Job:
                 runs.save_model(
                     self.folder / runs.BEST, model.config, model.tokenizer, dict(model.params), about
                 )
-        return loss, better
+        return better
 
     @property
     def samples(self) -> bool:
@@ -123,14 +123,15 @@ class Job:
     def sample(self) -> list[str]:
         """Some texts, without a trace in the random numbers of training."""
         before = self.rng.state()
-        texts = self.generate(min(SHOWN, self.training.samples) or 1)
-        self.rng.restore(before)
-        return texts
+        try:
+            return self.generate(min(SHOWN, self.training.samples) or 1)
+        finally:
+            self.rng.restore(before)
 
     def generate(self, n: int) -> list[str]:
         """`n` texts of the model as it is now; they go into the run's log if it has one."""
         t = self.training
-        texts = generate(self.model, "", n, temperature=t.temperature, rng=self.rng, max_tokens=t.max_tokens)
+        texts = list(generate(self.model, "", n, t.temperature, self.rng, max_tokens=t.max_tokens))
         if t.sample_every:
             self.texts[self.step] = texts
         return texts

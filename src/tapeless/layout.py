@@ -34,8 +34,8 @@ class Tensor(NamedTuple):
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(sizes[s] if isinstance(s, str) else s for s in self.shape)
 
-    def one_row(self) -> Tensor:
-        return self._replace(shape=tuple(1 if s == N else s for s in self.shape))
+    def of_rows(self, rows: int) -> Tensor:
+        return self._replace(shape=tuple(rows if s == N else s for s in self.shape))
 
 
 @cache
@@ -180,11 +180,24 @@ def activation_grads(config: GPTConfig) -> tuple[Tensor, ...]:
 
 @cache
 def decoding(config: GPTConfig) -> tuple[Tensor, ...]:
-    """What generating one position at a time needs: the activations of one token and, in place of
-    attention's probabilities, every layer's keys and values so far."""
+    """What generating needs: the present layer's activations of up to PIECE tokens, the logits of one and,
+    in place of attention's probabilities, every layer's keys and values so far."""
     c = config
     cache_ = Tensor("cache", (c.n_layer, c.block_size, 2, c.n_head, c.head_dim))
-    return tuple(cache_ if t.name == "probs" else t.one_row() for t in activations(c))
+    rows = {"logits": 1}
+    return tuple(
+        cache_ if t.name == "probs" else t.of_rows(rows.get(t.name, piece(c)))
+        for t in activations(c.replace(recompute=True))
+    )
+
+
+# Tokens of a prompt that are read at once: so many that computing takes the time, not reading the weights.
+PIECE = 64
+
+
+def piece(config: GPTConfig) -> int:
+    """How many tokens of a prompt are read at once."""
+    return min(PIECE, config.block_size)
 
 
 # Numbers of a matrix from which reading it is what takes the time of a product with one row.

@@ -108,16 +108,8 @@ class GPT:
 
         Raises `ConfigError` for settings out of range, `DataError` for a prompt that cannot be encoded.
         """
-        return generate(
-            self,
-            prompt,
-            n,
-            temperature=temperature,
-            rng=generator(self.config, seed),
-            top_k=top_k,
-            top_p=top_p,
-            max_tokens=max_tokens,
-        )
+        rng = generator(self.config, seed)
+        return list(generate(self, prompt, n, temperature, rng, top_k, top_p, max_tokens))
 
     def save(self, path: str | Path) -> None:
         """Write config.json, tokenizer.json and model.safetensors into the folder `path`, replacing

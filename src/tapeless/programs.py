@@ -39,9 +39,12 @@ SAMPLES = (
     Tensor("tokens", ("K", "B"), "int32"),  # each row begins with the prompt
     Tensor("lengths", ("K",), "int32"),  # tokens of each row, the prompt's included
     Tensor("uniforms", ("U",), "float64"),
-    Tensor("used", (1,), "int64"),
+    # Where to go on: at which row; its tokens so far, and how many of them have their keys and values in the
+    # cache; how many uniforms are used
+    Tensor("state", (4,), "int64"),
     Tensor("probs", ("V",), "float64"),
-    Tensor("options", (5,), "float64"),  # prompt length, stop token or -1, temperature, top_k, top_p
+    # Prompt length, stop token or -1, how many tokens to read before coming back; temperature, top_k, top_p
+    Tensor("options", (6,), "float64"),
 )
 
 
@@ -113,39 +116,49 @@ def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -
     return train
 
 
-def _make_generate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    decode, sample_token, rows_of, meet = schedule.decode, ops.sample_token, ops.rows, ops.meet
+def _make_generate(schedule: Schedule, ops: Any, block_size: int, stored: bool = False) -> Callable:
+    """With `stored`, single tokens, whose time is that of reading the weights, have a copy in bfloat16."""
+    decode, sample_token, take = schedule.decode, ops.sample_token, ops.take
+    rows_of, meet = ops.rows, ops.meet
 
     def generate(groups):
-        p, c, batch, out = groups
+        p, c, batch, out = groups[0], groups[-3], groups[-2], groups[-1]
         me = batch.share[ME]
-        prompt, stop = int(out.options[0]), int(out.options[1])
-        temperature, top_k, top_p = out.options[2], out.options[3], out.options[4]
-        batch.sizes[0] = 1
-        used = 0
-        cached = 0  # positions of the present row whose keys and values are in the cache
-        for k in range(out.tokens.shape[0]):
-            row, length = out.tokens[k], prompt
-            cached = min(cached, prompt - 1)
-            while length < row.shape[0]:
-                # Learned positions end at the block: beyond it, read the last T tokens again.
-                first = max(0, length - block_size)
-                for t in range(0 if first else cached, length - first):
-                    batch.tokens[0] = row[first + t]
-                    batch.positions[0] = t
+        prompt, stop, left = int(out.options[0]), int(out.options[1]), int(out.options[2])
+        temperature, top_k, top_p = out.options[3], out.options[4], out.options[5]
+        k, length, cached, used = out.state[0], out.state[1], out.state[2], out.state[3]
+        while k < out.tokens.shape[0] and left > 0:
+            row = out.tokens[k]
+            # Learned positions end at the block: beyond it, read the last T tokens again.
+            first = max(0, length - block_size)
+            t, last = 0 if first else cached, length - first - 1
+            left -= last + 1 - t
+            while t <= last:
+                # The last one alone: of a single token, decode finds the logits.
+                n = min(batch.tokens.shape[0], last - t) if t < last else 1
+                take(batch, n)
+                for i in range(n):
+                    batch.tokens[i], batch.positions[i] = row[first + t + i], t + i
+                if stored and n == 1:
+                    decode(groups[1], c, batch)
+                else:
                     decode(p, c, batch)
-                cached = 0 if first else length
-                if me == 0:
-                    row[length] = sample_token(
-                        out.probs, c.logits[0], temperature, top_k, top_p, out.uniforms[used]
-                    )
-                meet(rows_of(batch))
-                used += 1
-                if row[length] == stop:
-                    break
+                t += n
+            cached = 0 if first else length
+            if me == 0:
+                row[length] = sample_token(
+                    out.probs, c.logits[0], temperature, top_k, top_p, out.uniforms[used]
+                )
+            meet(rows_of(batch))
+            used += 1
+            ended = row[length] == stop
+            if not ended:
                 length += 1
-            out.lengths[k] = length
-        out.used[0] = used
+            if ended or length == row.shape[0]:
+                out.lengths[k] = length
+                k, length, cached = k + 1, prompt, min(cached, prompt - 1)
+        if me == 0:
+            out.state[0], out.state[1], out.state[2], out.state[3] = k, length, cached, used
 
     return generate
 
@@ -169,5 +182,5 @@ PROGRAMS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "generate": (_make_generate, ("p", "c", "batch", "out")),
     # The same with weights in bfloat16, which are rounded first.
     "round": (_make_round, ("weights",)),
-    "generate_stored": (_make_generate, ("stored", "c", "batch", "out")),
+    "generate_stored": (partial(_make_generate, stored=True), ("p", "stored", "c", "batch", "out")),
 }

@@ -90,8 +90,11 @@ class Console:
 
     def sampled(self, step: int, texts: list[str]) -> None:
         self._console.print(f"step {step:,}/{self._steps:,} generates:")
-        self._console.out(listed(texts), end="", highlight=False)
+        self._console.out("".join(listed(texts)), end="", highlight=False)
         self._mark = time.monotonic()
+
+    def stopping(self) -> None:
+        self._console.print("Stopping when this is done. Ctrl-C again leaves it out.")
 
     def finish(self) -> None:
         if self._bar is not None:

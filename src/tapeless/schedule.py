@@ -29,21 +29,24 @@ class Schedule(NamedTuple):
     """The passes of one model over one engine's ops."""
 
     forward: Callable[..., Any]  # (p, a, batch) -> loss, and everything in a
-    decode: Callable[..., Any]  # (p, c, batch): logits of one position, from cached keys and values
+    # (p, c, batch): a document's next tokens, their keys and values cached in c; of a single one, its logits
+    decode: Callable[..., Any]
     backward: Callable[..., Any]  # (p, g, a, d, batch): adds to g
 
 
 def make_schedule(config: GPTConfig, ops: Any, inline: Callable[..., Any] = lambda f: f) -> Schedule:
     """The passes over an engine's ops; `inline` makes a function one that others may call."""
-    layer, decode_layer = (inline(make_layer(config, ops, decoding)) for decoding in (False, True))
+    layer = inline(make_layer(config, ops))
+    brief = config.replace(recompute=True)
+    decode_layer = inline(make_layer(brief, ops, decoding=True))
     return Schedule(
         forward=inline(make_forward(config, ops, layer)),
-        decode=inline(make_forward(config, ops, decode_layer, decoding=True)),
+        decode=inline(make_forward(brief, ops, decode_layer, decoding=True)),
         backward=inline(make_backward(config, ops, layer)),
     )
 
 
-def make_layer(config: GPTConfig, ops: Any, decoding: bool) -> Callable[..., Any]:
+def make_layer(config: GPTConfig, ops: Any, decoding: bool = False) -> Callable[..., Any]:
     """A layer's forward pass up to what its last product reads, `a.v`, from its input `a.x[l]`: all that
     its backward pass needs. With `recompute` only the present layer's is kept, always in the same place."""
     keep, eps, tile = not config.recompute, config.norm_eps, config.attention_tile
@@ -97,8 +100,8 @@ def make_layer(config: GPTConfig, ops: Any, decoding: bool) -> Callable[..., Any
 
 
 def make_forward(config: GPTConfig, ops: Any, layer: Callable, decoding: bool = False) -> Callable[..., Any]:
-    """The forward pass. With `decoding` the batch is one token at one position: attention reads the
-    keys and values cached in `a.cache`, and there is no loss."""
+    """The forward pass. With `decoding` the batch is the next tokens of one document, the ones before
+    them being keys and values in `a.cache`; there is no loss, and logits only of a single token."""
     n_layer, tied, eps, keep = config.n_layer, config.tied, config.norm_eps, not config.recompute
     norm_embed, norm_final, mhc = config.norm_embed, config.norm_final, config.residual == "mhc"
 
@@ -129,6 +132,8 @@ def make_forward(config: GPTConfig, ops: Any, layer: Callable, decoding: bool = 
             else:
                 add_forward(a.x[l + 1], a.y[k], f2, rows)
 
+        if decoding and batch.sizes[0] > 1:
+            return 0.0
         if mhc:
             mhc_contract_forward(a.out, a.x[n_layer], p.contract, rows)
         out = a.out if mhc else a.x[n_layer]

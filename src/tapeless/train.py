@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -60,7 +60,8 @@ class Interrupted(KeyboardInterrupt):
 
 class Progress(Protocol):
     """What training tells while it runs; see tapeless.progress. Of these, `evaluated` and `sampled` come
-    only where there is something to tell, `speed` at most once a second, and only to who has it."""
+    only where there is something to tell, and only to who has them `speed`, at most once a second, and
+    `stopping`, when Ctrl-C came while something else than a step was done."""
 
     def start(self, lines: list[str]) -> None: ...
     def compiling(self) -> None: ...
@@ -69,6 +70,7 @@ class Progress(Protocol):
     def speed(self, speed: Speed) -> None: ...
     def evaluated(self, step: int, loss: float, best: bool) -> None: ...
     def sampled(self, step: int, texts: list[str]) -> None: ...
+    def stopping(self) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -153,6 +155,7 @@ class Silent:
     def speed(self, speed: Speed) -> None: ...
     def evaluated(self, step: int, loss: float, best: bool) -> None: ...
     def sampled(self, step: int, texts: list[str]) -> None: ...
+    def stopping(self) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -163,16 +166,16 @@ def _run(job: Job, progress: Progress) -> Run:
     t = job.training
     progress.start(job.headline())
     _compile(job, progress)
-    # Only now that nothing else can go wrong is a run that stands there replaced.
-    job.begin()
-    progress.begin(job.step, t.steps)
-    try:
-        # A step that overflows is found by looking at its results; NumPy need not warn as well.
-        with _stop_on_interrupt() as stop, np.errstate(all="ignore"):
+    # A step that overflows is found by looking at its results; NumPy need not warn as well.
+    with _stop_on_interrupt(progress) as stop, np.errstate(all="ignore"):
+        # Only now that nothing else can go wrong is a run that stands there replaced.
+        job.begin()
+        progress.begin(job.step, t.steps)
+        try:
             _loop(job, progress, stop)
-            interrupted = stop.is_set() and job.step < t.steps
-    finally:
-        progress.finish()
+        finally:
+            progress.finish()
+    interrupted = stop.asked and job.step < t.steps
     losses = np.concatenate(job.losses) if job.losses else np.empty(0)
     run = Run(job.model, losses, [], job.folder, job.step, job.val_losses, job.best[1] or None)
     if interrupted:
@@ -180,7 +183,7 @@ def _run(job: Job, progress: Progress) -> Run:
     if t.samples:
         run.samples = job.generate(t.samples)
         if job.folder is not None:
-            runs.write_text(job.folder / runs.SAMPLES, listed(run.samples))
+            runs.write_text(job.folder / runs.SAMPLES, "".join(listed(run.samples)))
             job.log_texts()
     return run
 
@@ -198,16 +201,16 @@ def _compile(job: Job, progress: Progress) -> None:
     engine.notice = progress.compiling
 
 
-def _loop(job: Job, progress: Progress, stop: threading.Event) -> None:
+def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
     t, engine = job.training, job.model.engine
     meter = Meter(engine, engine.team(t.batch_size))
     tell_speed = getattr(progress, "speed", Silent().speed)
     job.keep()
     if t.eval_every and job.step == 0:
-        progress.evaluated(0, *job.evaluate())
+        _evaluate(job, progress, stop)
     chunk, saved = 1, time.monotonic()
     pause = max(SAVE_SECONDS, job.nbytes / DISK / SAVE_SHARE)
-    while job.step < t.steps and not stop.is_set():
+    while job.step < t.steps and not stop.asked:
         k = min(chunk, job.until_pause())
         began = time.monotonic()
         losses, lengths = job.advance(k)
@@ -218,9 +221,10 @@ def _loop(job: Job, progress: Progress, stop: threading.Event) -> None:
         if (speed := meter.speed()) is not None:
             tell_speed(speed)
         if job.evaluates:
-            progress.evaluated(job.step, *job.evaluate())
+            _evaluate(job, progress, stop)
         if job.samples:
-            progress.sampled(job.step, job.sample())
+            with suppress(KeyboardInterrupt), stop.by_asking_twice():
+                progress.sampled(job.step, job.sample())
         chunk = max(1, min(8 * chunk, int(k * CHUNK_SECONDS / max(seconds, 1e-9))))
         if job.folder is not None and (began := time.monotonic()) - saved > pause:
             job.save()
@@ -230,15 +234,49 @@ def _loop(job: Job, progress: Progress, stop: threading.Event) -> None:
         job.save()
 
 
+def _evaluate(job: Job, progress: Progress, stop: _Stop) -> None:
+    try:
+        with stop.by_asking_twice():
+            loss = job.validate()
+    except KeyboardInterrupt:
+        return
+    progress.evaluated(job.step, loss, job.judge(loss))
+
+
+class _Stop:
+    """What Ctrl-C does in place of an exception in the middle of a step: `asked` is true from then on.
+    What takes long besides steps is left out when it comes twice."""
+
+    def __init__(self, progress: Progress):
+        self.asked = False
+        self._long = False
+        self._tell = getattr(progress, "stopping", Silent().stopping)
+
+    def __call__(self, *_: object) -> None:
+        if self._long and self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        if self._long:
+            self._tell()
+
+    @contextmanager
+    def by_asking_twice(self) -> Iterator[None]:
+        """Here a second Ctrl-C raises."""
+        self._long = True
+        try:
+            yield
+        finally:
+            self._long = False
+
+
 @contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, in place of an exception in the middle of a step. Only the main
-    thread gets signals; elsewhere the event stays unset."""
-    stop = threading.Event()
+def _stop_on_interrupt(progress: Progress) -> Iterator[_Stop]:
+    """Only the main thread gets signals; elsewhere nothing is ever asked."""
+    stop = _Stop(progress)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield stop
     finally:

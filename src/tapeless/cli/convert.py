@@ -70,8 +70,9 @@ def _write_state(
     from tapeless import debugstate
     from tapeless.config import MAX_SIZE, whole
     from tapeless.convert import refuse
+    from tapeless.data.shards import Shards
+    from tapeless.errors import DataError
     from tapeless.init import MAX_SEED
-    from tapeless.io import llmc
     from tapeless.progress import COMPILING
 
     refuse(target, False, overwrite)
@@ -84,7 +85,10 @@ def _write_state(
     if data is None:
         tokens = rng.integers(0, model.config.vocab, B * T + 1, np.int32)
     else:
-        tokens = llmc.read_tokens(data, B * T + 1, model.config.vocab)
+        shard = Shards([data], model.config.vocab)
+        if shard.pieces[-1] <= B * T:
+            raise DataError(f"{data} has {shard.pieces[-1]:,} tokens; expected {B * T + 1:,} at least.")
+        tokens, _ = shard.take(np.array([[0, B * T]]))
     loss = debugstate.write(model, target, tokens, B, T)
     say(f"{B} × {T} tokens, loss {loss:.6f}. Saved in {target} (llm.c debug state).")
 

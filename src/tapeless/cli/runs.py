@@ -152,7 +152,7 @@ def train(
             f"Go on with: tapeless train --resume --out {quoted(out)}"
         )
         raise typer.Exit(130) from None
-    print(listed(run.samples), end="")
+    print(*listed(run.samples), sep="", end="")
     if run.best is not None and run.best < run.steps:
         say(f"The best model, of step {run.best:,}, is in {out / runs.BEST}.")
     say(f"Saved in {out}. More with: tapeless sample {quoted(out)}")
@@ -178,7 +178,8 @@ def sample(
     precision: Precision = None,
 ) -> None:
     """Generate texts with a trained model."""
-    from tapeless.generate import listed
+    from tapeless.generate import generate, listed
+    from tapeless.init import generator
     from tapeless.model import load
     from tapeless.progress import COMPILING
 
@@ -186,8 +187,9 @@ def sample(
     if model.tokenizer is None:
         say(f"{run} has no tokenizer: these are tokens as numbers.")
     model.engine.notice = lambda: say(COMPILING)
-    texts = model.generate(prompt, n, temperature, seed, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
-    print(listed(texts), end="")
+    rng = generator(model.config, seed)
+    for text in listed(generate(model, prompt, n, temperature, rng, top_k, top_p, max_tokens)):
+        print(text, end="", flush=True)
 
 
 def evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from tapeless.data import shards
 from tapeless.data.tokenizers import find_tokenizer, read_tokenizer
 from tapeless.errors import RunError
 from tapeless.io import hub, huggingface, llmc, runs
@@ -13,8 +14,7 @@ from tapeless.io.tensors import Checkpoint
 READ = "a run folder, a Hugging Face folder of GPT-2, or a model file of llm.c"
 OTHERS = {  # the first four bytes of files that are something else
     llmc.STATE: "is a debug state of llm.c: compare a model with it by tapeless check --state",
-    llmc.TOKENS_16: "holds tokens",
-    llmc.TOKENS_32: "holds tokens",
+    **dict.fromkeys(shards.FORMATS, "holds tokens"),
     int.from_bytes(b"GGUF", "little"): "is a GGUF file, which tapeless can only write",
     int.from_bytes(b"PK\3\4", "little"): "is a file of PyTorch's: save the model as safetensors",
 }

@@ -27,7 +27,7 @@ from tapeless.io import gpt2
 from tapeless.io.runs import write_file
 from tapeless.io.tensors import Checkpoint, Held, Part, Stored, write_array
 
-MODEL, STATE, TOKENS_16, TOKENS_32 = 20240326, 20240327, 20240520, 20240801
+MODEL, STATE = 20240326, 20240327
 MODEL_VERSIONS = {1: np.dtype("<f4"), 3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bfloat16)}
 DTYPES = {"f32": (3, np.dtype("<f4")), "bf16": (5, np.dtype(ml_dtypes.bfloat16))}
 HEADER = 1024  # bytes
@@ -226,21 +226,3 @@ def write_state(
             _write_tensors(file, model, "<f4")
 
     write_file(path, write)
-
-
-# ---------------------------------------------------------------- tokens
-
-
-def read_tokens(path: Path, count: int, vocab_size: int) -> np.ndarray:
-    """The first `count` tokens of a shard. Raises `RunError` for another file, or one too short."""
-    begins = magic(path)
-    if begins not in (TOKENS_16, TOKENS_32):
-        raise RunError(f"{path} is no token shard: it begins with {begins}, not {TOKENS_16} or {TOKENS_32}.")
-    dtype = np.dtype("<u2" if begins == TOKENS_16 else "<u4")
-    there = (path.stat().st_size - HEADER) // dtype.itemsize
-    if there < count:
-        raise RunError(f"{path} has {max(there, 0):,} tokens; expected {count:,} at least.")
-    tokens = Stored(path, HEADER, dtype, (count,)).map().astype(np.int32)
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise RunError(f"{path} has the token {tokens.max()}, but the model knows only {vocab_size}.")
-    return tokens

@@ -49,6 +49,11 @@ def documents(batch):
     return [(batch.starts[s], batch.starts[s + 1]) for s in range(batch.sizes[1])]
 
 
+def take(batch, n):
+    """Let the batch have its first n rows."""
+    batch.sizes[0] = n
+
+
 def meet(rows):
     """Wait until all threads are here. Here there is one."""
 
@@ -338,17 +343,18 @@ def masked_scores(q, k, queries, keys):
 
 
 def attention_decode(out, cache, scratch, qkv, positions, n):
-    """One query against the keys and values so far; stores its own first.
+    """n queries, each against the keys and values up to its own, which are stored first.
 
-    cache [T, 2, H, K]: keys and values of positions 0 … t;  qkv [1, 3C];  out [1, C].
+    cache [T, 2, H, K]: keys and values of positions 0 … t;  qkv [n, 3C], of positions t−n+1 … t;  out [n, C].
     """
-    t = positions[0]
-    q, cache[t, 0], cache[t, 1] = qkv[0].reshape(3, *cache.shape[2:])
-    k, v = cache[: t + 1, 0], cache[: t + 1, 1]
-    scores = np.einsum("hk,thk->ht", q, k) * q.shape[-1] ** -0.5
+    first = positions[0]
+    new = qkv[:n].reshape(n, 3, *cache.shape[2:])
+    cache[first : first + n] = new[:, 1:]
+    q, k, v = (np.moveaxis(x, 1, 0) for x in (new[:, 0], *np.moveaxis(cache[: first + n], 1, 0)))
+    scores = masked_scores(q, k, slice(first, first + n), slice(0, first + n))
     P = np.exp(scores - scores.max(-1, keepdims=True))
     P /= P.sum(-1, keepdims=True)
-    out[0] = np.einsum("ht,thk->hk", P, v).ravel()
+    out[:n] = np.moveaxis(P @ v, 0, 1).reshape(n, -1)
 
 
 # ---------------------------------------------------------------- hyper-connections

@@ -37,7 +37,8 @@ def _common() -> dict[str, Callable]:
         if isinstance(function, FunctionType) and function.__module__ == module.__name__
     }
     ops = {name: jit(function) for name, function in functions.items()}
-    return ops | {f.__name__: f for f in (share.rows, share.documents, share.pack, share.meet)}
+    shared = (share.rows, share.documents, share.take, share.pack, share.meet)
+    return ops | {f.__name__: f for f in shared}
 
 
 @cache

@@ -61,6 +61,14 @@ def meet_if_split(docs):
         meet(docs.rows)
 
 
+@jit
+def meet_if_many(rows):
+    """The same while decoding, where each thread has some heads of all rows. (Of a single one, the products
+    before and after see to it.)"""
+    if rows.n > 1:
+        meet(rows)
+
+
 # ---------------------------------------------------------------- a query at a time, all heads at once
 
 
@@ -161,12 +169,15 @@ def _decode(K: int) -> Callable:
         begin = rows.me * blocks // rows.threads * width
         end = min(C, (rows.me + 1) * blocks // rows.threads * width)
         keys, values = matrix(cache, 0, T, C, 2 * C), matrix(cache, C, T, C, 2 * C)
-        last = positions[0]
-        for c in range(begin, end, LANES):
-            store(load(qkv, 0, C + c), keys, last, c)
-            store(load(qkv, 0, 2 * C + c), values, last, c)
-        for b in range(begin, end, width):
-            attend(out, scratch[rows.me], qkv, keys, values, 0, b, 0, last + 1)
+        meet_if_many(rows)
+        for t in range(rows.n):
+            last = positions[t]
+            for c in range(begin, end, LANES):
+                store(load(qkv, t, C + c), keys, last, c)
+                store(load(qkv, t, 2 * C + c), values, last, c)
+            for b in range(begin, end, width):
+                attend(out, scratch[rows.me], qkv, keys, values, t, b, 0, last + 1)
+        meet_if_many(rows)
 
     return attention_decode
 
@@ -322,27 +333,30 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
 
 def attention_decode(out, cache, scratch, qkv, positions, rows):
     """For heads that do not fill vectors evenly."""
-    H, K = cache.shape[2], cache.shape[3]
+    T, _, H, K = cache.shape
     C, own = H * K, scratch[rows.me]
     scale = _f32(1) / np.sqrt(_f32(K))
-    last = positions[0]
+    meet_if_many(rows)
     for h in range(rows.me * H // rows.threads, (rows.me + 1) * H // rows.threads):
-        for c in range(K):
-            cache[last, 0, h, c] = qkv[0, C + h * K + c]
-            cache[last, 1, h, c] = qkv[0, 2 * C + h * K + c]
-        query, output = matrix(qkv, h * K, 1, K, 3 * C), matrix(out, h * K, 1, K, C)
-        keys, values = matrix(cache, h * K, last + 1, K, 2 * C), matrix(cache, C + h * K, last + 1, K, 2 * C)
-        top = _f32(_LOWEST)
-        for j in range(last + 1):
-            score = splat(0.0)
-            for c in range(0, K, LANES):
-                score = fma(load(query, 0, c), load(keys, j, c), score)
-            own[j] = hsum(score) * scale
-            top = max(top, own[j])
-        for c in range(0, K, LANES):
-            mixed, totals = splat(0.0), splat(0.0)
+        queries, outputs = matrix(qkv, h * K, rows.n, K, 3 * C), matrix(out, h * K, rows.n, K, C)
+        keys, values = matrix(cache, h * K, T, K, 2 * C), matrix(cache, C + h * K, T, K, 2 * C)
+        for t in range(rows.n):
+            last = positions[t]
+            for c in range(K):
+                cache[last, 0, h, c] = qkv[t, C + h * K + c]
+                cache[last, 1, h, c] = qkv[t, 2 * C + h * K + c]
+            top = _f32(_LOWEST)
             for j in range(last + 1):
-                e = exp(splat(own[j] - top))
-                totals = totals + e
-                mixed = fma(e, load(values, j, c), mixed)
-            store(mixed / totals, output, 0, c)
+                score = splat(0.0)
+                for c in range(0, K, LANES):
+                    score = fma(load(queries, t, c), load(keys, j, c), score)
+                own[j] = hsum(score) * scale
+                top = max(top, own[j])
+            for c in range(0, K, LANES):
+                mixed, totals = splat(0.0), splat(0.0)
+                for j in range(last + 1):
+                    e = exp(splat(own[j] - top))
+                    totals = totals + e
+                    mixed = fma(e, load(values, j, c), mixed)
+                store(mixed / totals, outputs, t, c)
+    meet_if_many(rows)

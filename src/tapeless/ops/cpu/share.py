@@ -74,6 +74,15 @@ def part(rows, size):
 
 
 @jit
+def take(batch, n):
+    """Let the batch have its first n rows, and each thread its share of them."""
+    me, threads = batch.share[3], batch.share[4]
+    meet(rows(batch))
+    batch.sizes[0] = n
+    batch.share[0], batch.share[1], batch.share[2] = me * n // threads, (me + 1) * n // threads, n
+
+
+@jit
 def pack(batch, stream, spans, weight):
     me, threads, count = batch.share[3], batch.share[4], spans.shape[0]
     begin, end = me * count // threads, (me + 1) * count // threads
