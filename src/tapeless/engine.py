@@ -186,21 +186,18 @@ class Engine:
     def _build(self, name: str, make: Callable) -> Callable:
         from tapeless.ops import cpu
 
-        ops = self.make_ops()
+        ops = self.make_ops(decoding=name.startswith("generate"))
         if name == "generate_stored":
             ops.embed_forward = ops.embed_stored_forward
 
-        def inline(function: Callable) -> Any:
-            return cpu.jit(function, inline="always")
+        schedule = make_schedule(self._runs, ops, cpu.jit)
+        return cpu.jit(make(schedule, ops, self.config.block_size))
 
-        schedule = make_schedule(self._runs, ops, inline)
-        return inline(make(schedule, ops, self.config.block_size))
-
-    def make_ops(self) -> Any:
+    def make_ops(self, decoding: bool) -> Any:
         """The CPU's ops that programs are compiled with."""
         from tapeless.ops import cpu
 
-        return cpu.make_ops(self._runs)
+        return cpu.make_ops(self._runs, decoding)
 
     def _tensors(self, argument: str) -> tuple[Tensor, ...]:
         return {

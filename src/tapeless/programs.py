@@ -91,13 +91,14 @@ def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -
             flat.grads[:] = 0
             loss = 0.0
             for i in range(spans.shape[0]):
-                pack(batch, data.stream, spans[i], tokens)
+                pack(batch, data.stream, spans[i], 1 / tokens)
                 loss += forward(p, a, batch)
                 backward(p, g, a, d, batch)
             data.losses[me, k] = loss
             lr, scale = data.lrs[k], 1.0
             if clip > 0:
-                batch.squares[me, 0] = global_norm(flat.grads) ** 2
+                norm = global_norm(flat.grads)
+                batch.squares[me, 0] = norm * norm
                 meet(rows_of(batch))
                 square = 0.0
                 for thread in range(threads):

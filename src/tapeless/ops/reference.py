@@ -19,12 +19,12 @@ import numpy as np
 # ---------------------------------------------------------------- moving numbers
 
 
-def pack(batch, stream, spans, tokens):
+def pack(batch, stream, spans, weight):
     """Fill `batch` from spans [B, 2] of the token stream, packed end to end.
 
     Span s = (start, length) has inputs `stream[start : start+length]` and targets one further.
-    Positions restart at 0 in each; weights are 1/tokens, with the tokens of the whole step, of which
-    this may be a part: so losses of all its parts add up to the mean over tokens.
+    Positions restart at 0 in each. `weight` is one token's: 1 over the tokens of the whole step, of which
+    this may be a part, so that losses of all its parts add up to the mean over tokens.
     """
     n = 0
     for s, (start, length) in enumerate(spans):
@@ -34,7 +34,7 @@ def pack(batch, stream, spans, tokens):
         batch.positions[here] = np.arange(length)
         batch.starts[s] = n
         n += length
-    batch.weights[:n] = 1 / tokens
+    batch.weights[:n] = weight
     batch.starts[len(spans)] = n
     batch.sizes[:] = n, len(spans)
 

@@ -13,28 +13,39 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from tapeless.config import GPTConfig
+from tapeless.layout import streamed_width
 from tapeless.ops.cpu.native import jit
 
 
-@cache
-def make_ops(config: GPTConfig) -> Any:
-    """Every op that this model may need, compiled on first use."""
-    return SimpleNamespace(**_common(config.precision), **_attention(config.head_dim, config.block_size))
+def make_ops(config: GPTConfig, decoding: bool = False) -> Any:
+    """Every op that this model may need, compiled on first use: with `decoding` for one row or a few."""
+    ops = _common() | _linear(config.precision, streamed_width(config) > 0)
+    if decoding:
+        ops |= {f"{name}_forward": ops[f"{name}_decode"] for name in ("linear", "tied_head")}
+    return SimpleNamespace(**ops, **_attention(config.head_dim, config.block_size))
 
 
 @cache
-def _common(precision: str) -> dict[str, Callable]:
+def _common() -> dict[str, Callable]:
     # Imported here since they import Numba, which a process whose programs are in the cache never needs.
-    from tapeless.ops.cpu import activation, embed, linear, loss, mhc, norm, optim, share
+    from tapeless.ops.cpu import activation, embed, loss, mhc, norm, optim, share
 
     functions: dict[str, Callable] = {
         name: function
-        for module in (activation, embed, loss, mhc, norm, optim, share)
+        for module in (activation, embed, loss, mhc, norm, optim)
         for name, function in vars(module).items()
         if isinstance(function, FunctionType) and function.__module__ == module.__name__
     }
-    functions |= linear.make_ops(precision)
-    return {name: jit(function) for name, function in functions.items()} | {"meet": share.meet}
+    ops = {name: jit(function) for name, function in functions.items()}
+    shared = (share.rows, share.documents, share.take, share.pack, share.meet)
+    return ops | {f.__name__: f for f in shared}
+
+
+@cache
+def _linear(precision: str, streams: bool) -> dict[str, Callable]:
+    from tapeless.ops.cpu import linear
+
+    return linear.make_ops(precision, streams)
 
 
 @cache

@@ -16,8 +16,9 @@ FEW = 2
 SHARED = 8
 
 
-def make_ops(precision: str) -> dict[str, Callable]:
-    """The ops by name, to be compiled, whose products read numbers of this precision."""
+def make_ops(precision: str, streams: bool) -> dict[str, Callable]:
+    """The ops by name, whose products read numbers of this precision. Those for decoding do the same as
+    forward for a row or a few: `streams` says whether matrices may be read from memory each time then."""
     from tapeless.ops.cpu.share import meet, part
     from tapeless.ops.cpu.simd import LANES, load, matrix, store
     from tapeless.ops.cpu.streams import row_product, row_product_turned
@@ -25,10 +26,9 @@ def make_ops(precision: str) -> dict[str, Callable]:
     product = make_product(precision)
 
     @jit
-    def multiply(y, x, w, b, rows, columns):
-        """y = x·w + b, or without b if that is empty: these rows and columns of it."""
+    def multiply(y, x, w, b, top, bottom, left, right):
+        """y = x·w + b, or without b if that is empty: rows top … bottom and columns left … right of it."""
         I, O = w.shape
-        (top, bottom), (left, right) = rows, columns
         n, m = bottom - top, right - left
         if m >= LANES:
             target, source = matrix(y, top * O + left, n, m, O), matrix(x, top * I, n, I, I)
@@ -46,10 +46,9 @@ def make_ops(precision: str) -> dict[str, Callable]:
                     y[t, o] = total
 
     @jit
-    def multiply_turned(y, x, w, rows, columns):
-        """y = x·wᵀ: these rows and columns of it."""
+    def multiply_turned(y, x, w, top, bottom, left, right):
+        """y = x·wᵀ: rows top … bottom and columns left … right of it."""
         I, O = w.shape
-        (top, bottom), (left, right) = rows, columns
         n, m = bottom - top, right - left
         if m >= LANES and n > FEW:
             target, source = matrix(y, top * I + left, n, m, I), matrix(x, top * O, n, O, O)
@@ -79,26 +78,12 @@ def make_ops(precision: str) -> dict[str, Callable]:
                         w[i, o] += x[t, i] * y[t, o]
 
     @jit
-    def few(rows):
-        return rows.threads > 1 and rows.n <= SHARED
+    def linear_forward(y, x, w, b, rows):
+        multiply(y, x, w, b, rows.begin, rows.end, 0, w.shape[1])
 
     @jit
-    def streamed(rows, w):
-        """Whether this is one row times a matrix that is read from memory each time."""
-        return rows.n == 1 and rows.partial.shape[1] >= w.shape[1] and w.shape[1] % LANES == 0
-
-    def linear_forward(y, x, w, b, rows):
-        if streamed(rows, w):
-            row_product(y, x, w, b, rows)
-        elif few(rows):
-            meet(rows)
-            multiply(y, x, w, b, (0, rows.n), part(rows, w.shape[1]))
-            meet(rows)
-        else:
-            multiply(y, x, w, b, (rows.begin, rows.end), (0, w.shape[1]))
-
     def linear_backward(dx, dw, db, dy, x, w, rows):
-        multiply_turned(dx, dy, w, (rows.begin, rows.end), (0, w.shape[0]))
+        multiply_turned(dx, dy, w, rows.begin, rows.end, 0, w.shape[0])
         meet(rows)
         add_outer(dw, x, dy, rows)
         if db.size:
@@ -108,25 +93,65 @@ def make_ops(precision: str) -> dict[str, Callable]:
                     store(load(db, o) + load(dy, t, o), db, o)
         meet(rows)
 
+    @jit
     def tied_head_forward(logits, x, wte, rows):
-        if streamed(rows, wte):
-            row_product_turned(logits, x, wte, rows)
-        elif few(rows):
-            meet(rows)
-            multiply_turned(logits, x, wte, (0, rows.n), part(rows, wte.shape[0]))
-            meet(rows)
-        else:
-            multiply_turned(logits, x, wte, (rows.begin, rows.end), (0, wte.shape[0]))
+        multiply_turned(logits, x, wte, rows.begin, rows.end, 0, wte.shape[0])
 
+    @jit
     def tied_head_backward(dx, dwte, dlogits, x, wte, rows):
-        multiply(dx, dlogits, wte, wte[0, :0], (rows.begin, rows.end), (0, wte.shape[1]))
+        multiply(dx, dlogits, wte, wte[0, :0], rows.begin, rows.end, 0, wte.shape[1])
         meet(rows)
         add_outer(dwte, dlogits, x, rows)
         meet(rows)
 
+    @jit
+    def few(rows):
+        return rows.threads > 1 and rows.n <= SHARED
+
+    @jit
+    def streamed(rows, w):
+        """Whether this is one row times a matrix that is read from memory each time."""
+        return rows.n == 1 and rows.partial.shape[1] >= w.shape[1] and w.shape[1] % LANES == 0
+
+    @jit
+    def linear_shared(y, x, w, b, rows):
+        if few(rows):
+            meet(rows)
+            begin, end = part(rows, w.shape[1])
+            multiply(y, x, w, b, 0, rows.n, begin, end)
+            meet(rows)
+        else:
+            multiply(y, x, w, b, rows.begin, rows.end, 0, w.shape[1])
+
+    @jit
+    def tied_head_shared(logits, x, wte, rows):
+        if few(rows):
+            meet(rows)
+            begin, end = part(rows, wte.shape[0])
+            multiply_turned(logits, x, wte, 0, rows.n, begin, end)
+            meet(rows)
+        else:
+            multiply_turned(logits, x, wte, rows.begin, rows.end, 0, wte.shape[0])
+
+    @jit
+    def linear_decode(y, x, w, b, rows):
+        if streamed(rows, w):
+            row_product(y, x, w, b, rows)
+        else:
+            linear_shared(y, x, w, b, rows)
+
+    @jit
+    def tied_head_decode(logits, x, wte, rows):
+        if streamed(rows, wte):
+            row_product_turned(logits, x, wte, rows)
+        else:
+            tied_head_shared(logits, x, wte, rows)
+
     return {
         "linear_forward": linear_forward,
         "linear_backward": linear_backward,
+        "linear_decode": linear_decode if streams else linear_shared,
         "tied_head_forward": tied_head_forward,
         "tied_head_backward": tied_head_backward,
+        "tied_head_decode": tied_head_decode if streams else tied_head_shared,
     }

@@ -2,9 +2,9 @@
 
 Numba compiles a program once; its object code is kept in a cache folder, and every later process
 loads that through llvmlite alone, without importing Numba. A program takes one argument, the
-address of a table of int64: first the symbolic sizes (N, D, …), then the address of each tensor.
-`_binding` turns the table back into NamedTuples of arrays inside the compiled code, so shapes are
-compile-time constants wherever the config fixes them, and nothing is reference-counted: the code is
+address of a table of int64: for each group of tensors the symbolic sizes (N, D, …), then the address
+of each tensor. `groups.py` turns the table back into groups of arrays inside the compiled code, so shapes
+are compile-time constants wherever the config fixes them, and nothing is reference-counted: the code is
 compiled without Numba's runtime and could not allocate if it wanted to.
 """
 
@@ -24,7 +24,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 
-from tapeless.layout import Tensor, view_class
+from tapeless.layout import Tensor
 from tapeless.team import run_together
 
 # The C library's way of giving the processor to another thread.
@@ -56,6 +56,16 @@ class Group(NamedTuple):
     name: str
     tensors: tuple[Tensor, ...]
 
+    @property
+    def symbols(self) -> list[str]:
+        """The symbolic sizes of its tensors."""
+        return sorted({s for t in self.tensors for s in t.shape if isinstance(s, str)})
+
+    @property
+    def size(self) -> int:
+        """Numbers of its part of a table."""
+        return len(self.symbols) + len(self.tensors)
+
 
 class Program:
     """A compiled function over groups of tensors.
@@ -68,7 +78,6 @@ class Program:
         self, groups: Sequence[Group], key: str, build: Callable[[], Callable], notice: Callable[[], None]
     ):
         self._groups = groups
-        self._symbols = _symbols(groups)
 
         def compile_it() -> bytes:
             notice()
@@ -96,12 +105,12 @@ class Program:
 
     def _make_table(self, arguments: Sequence[Any]) -> np.ndarray:
         sizes: dict[str, int] = {}
-        addresses = []
+        table: list[int] = []
         for group, views in zip(self._groups, arguments, strict=True):
             for tensor, array in zip(group.tensors, views, strict=True):
                 _check(group, tensor, array, sizes)
-                addresses.append(array.ctypes.data)
-        return np.array([sizes.get(s, 0) for s in self._symbols] + addresses, np.int64)
+            table += [sizes[s] for s in group.symbols] + [array.ctypes.data for array in views]
+        return np.array(table, np.int64)
 
 
 def _check(group: Group, tensor: Tensor, array: np.ndarray, sizes: dict[str, int]) -> None:
@@ -115,10 +124,6 @@ def _check(group: Group, tensor: Tensor, array: np.ndarray, sizes: dict[str, int
         raise TypeError(
             f"{group.name}.{tensor.name}: expected {dtype} {tensor.shape}, got {array.dtype} {array.shape}"
         )
-
-
-def _symbols(groups: Sequence[Group]) -> list[str]:
-    return sorted({s for g in groups for t in g.tensors for s in t.shape if isinstance(s, str)})
 
 
 # ---------------------------------------------------------------- compiling
@@ -172,10 +177,12 @@ def _pipeline() -> Any:
 
         def run_pass(self, state):
             library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
-            if not (hasattr(library, "_optimize_functions") and hasattr(library, "_optimize_final_module")):
+            steps = ("_optimize_functions", "_optimize_final_module", "_finalize_final_module")
+            if not all(hasattr(library, name) for name in (*steps, "_finalized")):
                 raise RuntimeError(f"numba {numba.__version__} optimises in another way than tapeless knows")
             library._optimize_functions = simplify_functions
             library._optimize_final_module = lambda: None
+            library._finalize_final_module = partial(setattr, library, "_finalized", True)
             state.library = library
             state.flags.no_compile = True
             super().run_pass(state)
@@ -185,10 +192,27 @@ def _pipeline() -> Any:
             state.targetctx.insert_user_function(state["cr"].cfunc, state["cr"].fndesc, [library])
             return True
 
+    # Passes for what no op has (closures, exceptions, array expressions, …), each of which would analyse
+    # every function anew.
+    unused = {
+        "WithLifting",
+        "InlineClosureLikes",
+        "RewriteDynamicRaises",
+        "MakeFunctionToJitFunction",
+        "LiteralUnroll",
+        "LiteralPropagationSubPipelinePass",
+        "InlineOverloads",
+        "NopythonRewrites",
+    }
+
     class Pipeline(CompilerBase):
         def define_pipelines(self):
             manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-            manager.passes = [(Lowering if p is NativeLowering else p, why) for p, why in manager.passes]
+            manager.passes = [
+                (Lowering if each is NativeLowering else each, why)
+                for each, why in manager.passes
+                if each.__name__ not in unused
+            ]
             manager.finalize()
             return [manager]
 
@@ -197,7 +221,9 @@ def _pipeline() -> Any:
 
 def compile_object(groups: Sequence[Group], function: Callable) -> bytes:
     """The object code of `tapeless_entry(table)`, which calls `function` on the table's groups."""
-    bind = _binding(groups)
+    from tapeless.ops.cpu.groups import make_bind
+
+    bind = make_bind(groups)
 
     def entry(table):
         function(bind(table))
@@ -261,67 +287,6 @@ def link_routine(name: str) -> int:
     address = _load(_cached(f"routine-{name}", compile_it), symbol(name))
     llvm.add_symbol(symbol(name), address)
     return address
-
-
-def _binding(groups: Sequence[Group]) -> Any:
-    """An intrinsic that turns the table's address into a tuple of NamedTuples of arrays."""
-    from llvmlite import ir
-    from numba import types
-    from numba.extending import intrinsic
-    from numba.np import arrayobj
-
-    symbols = _symbols(groups)
-    word = ir.IntType(64)
-
-    def array_type(tensor: Tensor) -> Any:
-        scalar = types.float32 if tensor.dtype == "float" else getattr(types, tensor.dtype)
-        return types.Array(scalar, len(tensor.shape), "C")
-
-    group_types = [
-        types.NamedTuple([array_type(t) for t in g.tensors], view_class(g.name, g.tensors)) for g in groups
-    ]
-
-    @intrinsic
-    def bind(typing_context, table):
-        def codegen(context, builder, signature, args):
-            base = builder.inttoptr(args[0], word.as_pointer())
-
-            def slot(i: int) -> Any:
-                return builder.load(builder.gep(base, [ir.Constant(word, i)]))
-
-            sizes = {symbol: slot(i) for i, symbol in enumerate(symbols)}
-            at = len(symbols)
-            values = []
-            for group, group_type in zip(groups, group_types, strict=True):
-                views = []
-                for tensor, kind in zip(group.tensors, group_type.types, strict=True):
-                    views.append(_array(context, builder, kind, tensor, slot(at), sizes))
-                    at += 1
-                values.append(context.make_tuple(builder, group_type, views))
-            return context.make_tuple(builder, types.Tuple(group_types), values)
-
-        return types.Tuple(group_types)(types.int64), codegen
-
-    def _array(context, builder, kind, tensor, address, sizes):
-        array = arrayobj.make_array(kind)(context, builder)
-        itemsize = context.get_abi_sizeof(context.get_data_type(kind.dtype))
-        shape = [sizes[s] if isinstance(s, str) else ir.Constant(word, s) for s in tensor.shape]
-        strides: list[Any] = []
-        step = ir.Constant(word, itemsize)
-        for size in reversed(shape):
-            strides.insert(0, step)
-            step = builder.mul(step, size)
-        arrayobj.populate_array(
-            array,
-            data=builder.inttoptr(address, array.data.type),
-            shape=shape,
-            strides=strides,
-            itemsize=ir.Constant(word, itemsize),
-            meminfo=None,
-        )
-        return array._getvalue()
-
-    return bind
 
 
 # ---------------------------------------------------------------- the processor

@@ -52,8 +52,8 @@ class ProfiledEngine(Engine):
         llvm.add_symbol(_SYMBOL, _counts.ctypes.data)
         return super().program(name)
 
-    def make_ops(self) -> Any:
-        return timed(super().make_ops())
+    def make_ops(self, decoding: bool) -> Any:
+        return timed(super().make_ops(decoding))
 
 
 def can_count() -> bool:

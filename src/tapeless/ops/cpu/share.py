@@ -45,18 +45,17 @@ class Documents(NamedTuple):
     rows: Rows
 
 
+@jit
 def rows(batch):
     s = batch.share
     return Rows(s[0], s[1], s[2], s[3], s[4], batch.arrivals, batch.partial)
 
 
+@jit
 def documents(batch):
-    me, threads, count = batch.share[3], batch.share[4], batch.sizes[1]
+    me, threads, count = batch.share[3], batch.share[4], np.int64(batch.sizes[1])
     begin, end = me * count // threads, (me + 1) * count // threads
-    return Documents(batch.starts, begin, end, count, not _by_documents(count, threads), _rows(batch))
-
-
-_rows = jit(rows)
+    return Documents(batch.starts, begin, end, count, not _by_documents(count, threads), rows(batch))
 
 
 @jit
@@ -74,18 +73,19 @@ def part(rows, size):
     return min(begin * LANES, size), min(end * LANES, size)
 
 
+@jit
 def take(batch, n):
     """Let the batch have its first n rows, and each thread its share of them."""
     me, threads = batch.share[3], batch.share[4]
-    meet(_rows(batch))
+    meet(rows(batch))
     batch.sizes[0] = n
     batch.share[0], batch.share[1], batch.share[2] = me * n // threads, (me + 1) * n // threads, n
 
 
-def pack(batch, stream, spans, tokens):
+@jit
+def pack(batch, stream, spans, weight):
     me, threads, count = batch.share[3], batch.share[4], spans.shape[0]
     begin, end = me * count // threads, (me + 1) * count // threads
-    weight = np.float32(1 / tokens)
     n, first, last = 0, 0, 0
     for s in range(count):
         start, length = spans[s, 0], spans[s, 1]
@@ -97,7 +97,7 @@ def pack(batch, stream, spans, tokens):
                 batch.tokens[n + i] = stream[start + i]
                 batch.targets[n + i] = stream[start + i + 1]
                 batch.positions[n + i] = i
-                batch.weights[n + i] = weight
+                batch.weights[n + i] = np.float32(weight)
             last = n + length
         n += length
     if me == 0:
@@ -107,4 +107,4 @@ def pack(batch, stream, spans, tokens):
     if not _by_documents(count, threads):
         first, last = me * n // threads, (me + 1) * n // threads
     batch.share[0], batch.share[1], batch.share[2] = first, max(first, last), n
-    meet(_rows(batch))
+    meet(rows(batch))
