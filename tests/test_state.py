@@ -160,6 +160,22 @@ def test_a_model_without_biases(tmp_path):
     assert state.tokens.shape == (4, 6)  # no longer than the model's block
 
 
+@pytest.mark.parametrize("how", [{"recompute": True}, {"precision": "bf16"}])
+def test_how_a_run_was_computed_is_no_part_of_its_model(how, tmp_path):
+    model = random_model(SIZES.replace(**how), dtype="float32")
+    model.save(tmp_path / "run")
+    for target in ("model.bin", "hf", "model.gguf"):
+        convert(tmp_path / "run", tmp_path / target)
+    for source in ("model.bin", "hf"):
+        other = tl.load(tmp_path / source, "reference", dtype="float32")
+        assert other.config == SIZES.replace(init="gpt2")
+        assert all((other.params[name] == value).all() for name, value in model.params.items())
+    state = FILES / "llmc_state.bin"
+    result = tapeless("check", "run", "--state", state, "--engine", "reference", cwd=tmp_path)
+    assert result.returncode == 1, result.stderr  # it is another model, but one that can be compared
+    assert "FAILED: logits" in result.stdout
+
+
 @pytest.mark.parametrize(("magic", "dtype"), [(20240520, "<u2"), (20240801, "<u4")])
 def test_tokens_of_a_shard(magic, dtype, here):
     stream = np.arange(40) * 3 % V
