@@ -15,6 +15,7 @@ import golden
 import hub
 import tapeless as tl
 from commands import contents, environment, refused, succeeds
+from tapeless.convert import convert
 from tapeless.errors import RunError
 
 FILES = golden.FILES
@@ -38,7 +39,7 @@ def test_what_it_says(here):
     assert told.stdout == ""
     assert told.stderr.splitlines() == [
         "llmc_v5.bin: llm.c, version 5, bfloat16, 1,896 parameters",
-        "Saved in out (Hugging Face folder, float32).",
+        "Saved in out, a Hugging Face folder of float32.",
     ]
     told = succeeds("convert", "out", "run", "--to", "run", cwd=here).stderr
     assert told.splitlines()[0] == "out: Hugging Face, float32, 1,896 parameters"
@@ -86,6 +87,7 @@ def test_a_model_may_take_its_own_place(target, here):
         (["llmc_v3.bin", "out", "--to", "llama"], "to cannot be 'llama'"),
         (["llmc_v3.bin", "out.bin", "--to", "run"], "is the format of a folder"),
         (["llmc_v3.bin", "out", "--to", "run", "--dtype", "bf16"], "keeps its weights in float32"),
+        (["llmc_v3.bin", ""], "DST is empty"),
         (["llmc_v3.bin", "out.safetensors"], "give a .bin or .gguf file, or a folder"),
         (["llmc_v3.bin", "hf/config.json/out"], "config.json"),
         (["llmc_v3.bin", "llmc_v5.bin/out.bin", "--overwrite"], "llmc_v5.bin"),
@@ -144,6 +146,11 @@ def two_files(folder: Path) -> None:
         write(folder / name, golden.llmc_model(3))
 
 
+def run_and_file(folder: Path) -> None:
+    tl.load(MODEL, "reference").save(folder)
+    write(folder / "a.bin", golden.llmc_model(3))
+
+
 def beside(name: str, content: bytes = b"", remove: str = ""):
     """A Hugging Face folder with a file more, or less."""
 
@@ -173,7 +180,7 @@ def cut(folder: Path, size: int = 5000) -> None:
 WHOLE = golden.llmc_model(3)
 BAD = {
     "nothing there": (lambda p: None, "no run folder or model 'bad'"),
-    "empty": (lambda p: write(p, b""), "bad is no model: it begins with 0"),
+    "empty": (lambda p: write(p, b""), "bad is empty; expected a run folder"),
     "wrong magic": (
         lambda p: write(p, spoilt(0, 20240325)),
         "begins with 20240325; expected a run folder",
@@ -206,6 +213,7 @@ BAD = {
     ),
     "empty folder": (lambda p: p.mkdir(), "has no config.json, nor a model file of llm.c"),
     "two files": (two_files, "bad holds 2 models: name one of them, e.g. bad/a.bin"),
+    "a file in a run": (run_and_file, "holds two models, that of config.json and a.bin"),
     "a file in a folder": (beside("a.bin", WHOLE), "holds two models, that of config.json and a.bin"),
     "shards and a whole": (
         beside("model.safetensors.index.json", b"{}"),
@@ -226,7 +234,11 @@ BAD = {
     "a width that is text": (config(n_embd="8"), "n_embd must be a whole number"),
     "another width": (config(n_embd=16), "wte.weight is [11, 8], but config.json says [11, 16]"),
     "a layer missing": (config(n_layer=3), "has no tensor 'h.2.ln_1.weight'"),
-    "a layer too many": (config(n_layer=1), "h.1.ln_1.weight' that is no part of GPT-2"),
+    "a layer too many": (config(n_layer=1), "config.json has n_layer 1, but its weights have 2 layers"),
+    "a tensor too many": (
+        tensors(lambda t: t.update({"h.1.adapter": np.zeros(3, np.float32)})),
+        "'h.1.adapter' that is no part of GPT-2",
+    ),
     "a tensor missing": (tensors(lambda t: t.pop("ln_f.bias")), "has no tensor 'ln_f.bias'"),
     "weights truncated": (cut, "model.safetensors is damaged or truncated"),
     "weights empty": (lambda p: cut(p, 0), "model.safetensors is damaged or truncated"),
@@ -270,9 +282,27 @@ def test_a_disk_that_is_full(target, here):
         "convert", "llmc_v3.bin", target, *extra, "--overwrite", cwd=here,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
     )  # fmt: skip
-    assert "cannot write" in error
-    assert "File too large" in error
+    assert error == f"error: cannot write {target}: File too large."
     assert contents(here) == before
+
+
+@pytest.mark.parametrize("target", ["out.bin", "out", "out.gguf"])
+def test_a_source_that_shrinks_meanwhile(target, tmp_path):
+    """It is named, not what is written."""
+    golden.huggingface(tmp_path / "hf")
+    before = set(contents(tmp_path))
+    file = tmp_path / "hf/model.safetensors"
+    with pytest.raises(RunError, match=r"hf/model\.safetensors has changed since it was opened"):
+        convert(tmp_path / "hf", tmp_path / target, say=lambda line: os.truncate(file, 5000))
+    assert set(contents(tmp_path)) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_is_not_waited_for(name, here):
+    (here / "hf" / name.removesuffix(".index.json")).unlink()
+    os.mkfifo(here / "hf" / name)
+    assert f"cannot read hf/{name}: it is no regular file" in refused("convert", "hf", "out.bin", cwd=here)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")

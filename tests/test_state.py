@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -197,8 +198,8 @@ def test_tokens_of_a_shard(magic, dtype, here):
         (0, 20240326, "is no debug state of llm.c: it begins with 20240326, not 20240327"),
         (4, 3, "is a debug state of version 3; the versions known are 1, 2"),
         (8, 0, "a batch of 0 × 5 tokens"),
-        (8, 3, "is truncated: 12,876 bytes, but a state of 3 × 5 tokens for this model needs"),
-        (8, 1, "is too long"),
+        (8, 3, "does not fit this model: 12,876 bytes, but with 3 × 5 tokens its state has 13,136"),
+        (8, 1, "does not fit this model: 12,876 bytes, but with 1 × 5 tokens its state has 12,616"),
         (12, 7, "has texts of 7 tokens, but the model's block is 6"),
         (1024, V, "has tokens that the model does not know: expected ids from 0 to 10"),
         (1028, -1, "has tokens that the model does not know"),
@@ -207,6 +208,20 @@ def test_tokens_of_a_shard(magic, dtype, here):
 def test_states_that_are_spoilt(offset, value, words, here, refusal):
     spoil(here / "llmc_state.bin", offset, value, "<i4")
     assert words in refusal("check", "llmc_v3.bin", "--state", "llmc_state.bin")
+
+
+def test_the_state_of_another_model(here, refusal):
+    random_model(SIZES.replace(n_layer=1)).save(here / "run")
+    error = refusal("check", "run", "--state", "llmc_state.bin")
+    assert "llmc_state.bin does not fit this model: 12,876 bytes" in error
+    assert error.endswith("It may belong to another model.")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+def test_a_pipe_is_not_waited_for(here):
+    os.mkfifo(here / "pipe")
+    error = refused("check", "llmc_v3.bin", "--state", "pipe", cwd=here)
+    assert "cannot read pipe: it is no regular file" in error
 
 
 def test_states_that_are_none(here):
@@ -226,6 +241,8 @@ def test_states_that_are_none(here):
         (["--block-size", "7"], "block_size must be a whole number from 1 to 6"),
         (["--batch-size", "0"], "batch_size must be a whole number from 1"),
         (["--seed", "-1"], "seed must be"),
+        (["--to", "hf"], "leave --to and --dtype out"),
+        (["--dtype", "bf16"], "leave --to and --dtype out"),
         (["--data", "llmc_v1.bin"], "is an llm.c model; expected token ids"),
         (["--data", "none.bin"], "none.bin is no file; expected token ids"),
         (["--data", "shard.bin"], "has 3 tokens; expected 25 at least"),
@@ -237,6 +254,12 @@ def test_states_that_cannot_be_written(arguments, words, here, refusal):
     (here / "large.bin").write_bytes(golden.header(20240520, 1, 99) + np.full(99, 400, "<u2").tobytes())
     assert words in refusal("convert", "llmc_v3.bin", "out.bin", "--state", *arguments)
     assert not (here / "out.bin").exists()
+
+
+@pytest.mark.parametrize("target", ["out.gguf", "out.safetensors"])
+def test_a_state_is_not_called_something_else(target, here, refusal):
+    assert "cannot be a debug state of llm.c" in refusal("convert", "llmc_v3.bin", target, "--state")
+    assert not (here / target).exists()
 
 
 def test_options_of_a_preset_do_not_go_with_a_state(here):

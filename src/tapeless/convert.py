@@ -15,8 +15,8 @@ from tapeless.io.checkpoints import open_model
 from tapeless.io.tensors import Checkpoint
 from tapeless.layout import n_params
 
-FOLDERS = {"hf": "Hugging Face folder", "run": "run folder"}
-FILES = {".bin": "llm.c file", ".gguf": "GGUF file"}
+FOLDERS = {"hf": "a Hugging Face folder", "run": "a run folder"}
+FILES = {".bin": "an llm.c file", ".gguf": "a GGUF file"}
 NO_FORMAT = (".safetensors", ".pt", ".pth", ".h5", ".npz", ".onnx", ".json")  # of no DST
 MODEL_FILES = (*runs.FILES, huggingface.INDEX, *huggingface.TOKENIZER_FILES)
 
@@ -42,7 +42,7 @@ def convert(
     if suffix in NO_FORMAT:
         raise ConfigError(f"{target} cannot be written: give a .bin or .gguf file, or a folder.")
     if suffix in FILES and to is not None:
-        raise ConfigError(f"to={to} is the format of a folder, but {target} is to be a {FILES[suffix]}.")
+        raise ConfigError(f"to={to} is the format of a folder, but {target} is to be {FILES[suffix]}.")
     if to == "run" and dtype != "f32":
         raise ConfigError("a run folder keeps its weights in float32: leave dtype out.")
     refuse(target, suffix not in FILES, overwrite)
@@ -53,9 +53,9 @@ def convert(
     if to == "run":
         _write_folder(target, lambda folder: runs.write_model(folder, model))
     else:
-        whole = gpt2.as_gpt2(model, f"a {format}")
+        whole = gpt2.as_gpt2(model, format)
         if len(whole.tensors) > len(model.tensors):
-            say(f"It has no biases: a {format} gets biases of zero.")
+            say(f"It has no biases: {format} gets biases of zero.")
         if suffix == ".bin":
             llmc.write_model(target, whole, dtype)
         elif suffix == ".gguf":
@@ -63,7 +63,7 @@ def convert(
                 say(f"No BPE tokenizer comes with {model.path}: llama.cpp will know tokens only by number.")
         else:
             _write_folder(target, lambda folder: _write_huggingface(folder, whole, numbers))
-    say(f"Saved in {target} ({format}, {numbers.name}).")
+    say(f"Saved in {target}, {format} of {numbers.name}.")
 
 
 def refuse(target: Path, folder: bool, overwrite: bool) -> None:
@@ -87,11 +87,11 @@ def _write_huggingface(folder: Path, model: Checkpoint, numbers: np.dtype) -> No
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder aside, then put its files in the place of the model that may be there."""
-    folder = folder.resolve()
+    folder = target.resolve()
     aside = folder.with_name(f".{folder.name}.part")
-    with runs.writing(folder):
+    with runs.writing(target):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:

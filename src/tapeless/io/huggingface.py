@@ -44,6 +44,7 @@ SIZES = {  # GPTConfig's names, and Hugging Face's with their defaults
     "n_hidden": ("n_inner", None),
     "norm_eps": ("layer_norm_epsilon", 1e-5),
 }
+LAYERED = re.compile(r"h\.(\d+)\.")
 IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")  # masks; the tied head
 
 
@@ -78,6 +79,9 @@ def open_model(folder: Path) -> Checkpoint:
             shape_here = (1, *expected) if names.layered else expected
             tensors[names.ours].append(dataclasses.replace(part, shape=shape_here))
     unknown = [name for name in stored if not IGNORED.fullmatch(name)]
+    layers = 1 + max([int(found[1]) for name in unknown if (found := LAYERED.match(name))], default=-1)
+    if layers > config.n_layer:
+        raise RunError(f"{path} has n_layer {config.n_layer}, but its weights have {layers} layers.")
     if unknown:
         raise RunError(f"{folder} has a tensor {unknown[0]!r} that is no part of GPT-2.")
     return Checkpoint(folder, f"Hugging Face, {', '.join(sorted(numbers))}", config, tensors, folder)
