@@ -16,6 +16,7 @@ import hub
 import tapeless as tl
 from commands import contents, environment, refused, succeeds
 from tapeless.convert import convert
+from tapeless.data.tokenizers import CharTokenizer, read_tokenizer
 from tapeless.errors import RunError
 
 FILES = golden.FILES
@@ -101,6 +102,111 @@ def test_impossible_requests(arguments, words, here):
     before = contents(here)
     assert words in refused("convert", *arguments, cwd=here)
     assert contents(here) == before
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def tokenizer(folder: Path, kind: str) -> None:
+    """The golden tokenizer in a folder, as GPT-2's two files of either name, or in one file."""
+    golden.tokenizer(folder)
+    if kind == "encoder.json":
+        (folder / "vocab.json").rename(folder / "encoder.json")
+        (folder / "merges.txt").rename(folder / "vocab.bpe")
+    elif kind == "tokenizer.json":
+        content = read_tokenizer(folder).to_dict()
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        (folder / "vocab.json").unlink()
+        (folder / "merges.txt").unlink()
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "encoder.json", "tokenizer.json"])
+@pytest.mark.parametrize("source", ["model.bin", "hf"])
+def test_a_tokenizer_comes_along(source, kind, tmp_path):
+    """Through every format that has a place for one, texts are the same."""
+    golden.huggingface(tmp_path / "hf")
+    shutil.copy(MODEL, tmp_path / "model.bin")
+    tokenizer(tmp_path / "hf" if source == "hf" else tmp_path, kind)
+    expected = tl.load(tmp_path / source, "reference", dtype="float32").generate("ab a", n=2)
+    for target, to in (("a", "hf"), ("b", "run"), ("c", "hf"), ("d", "run")):
+        convert(tmp_path / source, tmp_path / target, to)
+        source = target
+        assert tl.load(tmp_path / source, "reference", dtype="float32").generate("ab a", n=2) == expected
+    assert (tmp_path / "b/tokenizer.json").read_bytes() == (tmp_path / "d/tokenizer.json").read_bytes()
+    convert(tmp_path / "a", tmp_path / "a.gguf")
+    convert(tmp_path / "d", tmp_path / "d.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "d.gguf").read_bytes()
+    assert b"tokenizer.ggml.tokens" in (tmp_path / "a.gguf").read_bytes()
+    convert(tmp_path / "d", tmp_path / "model.bin", overwrite=True)
+    assert (tmp_path / "model.bin").read_bytes() == WHOLE
+
+
+@pytest.fixture
+def run_of_characters(tmp_path):
+    """The golden model as a run whose eleven tokens are ten letters and BOS."""
+    model = tl.load(MODEL, "reference", dtype="float32")
+    model.tokenizer = CharTokenizer("abcdefghij", bos=10)
+    model.save(tmp_path / "run")
+    return tmp_path
+
+
+def test_a_tokenizer_that_has_no_place_is_told(run_of_characters):
+    here = run_of_characters
+    told = succeeds("convert", "run", "hf", cwd=here).stderr
+    assert "The tokenizer of run is no BPE, so a Hugging Face folder has no place for it." in told
+    assert set(contents(here / "hf")) == {"config.json", "model.safetensors"}
+    assert "No BPE tokenizer comes with run" in succeeds("convert", "run", "model.gguf", cwd=here).stderr
+    (here / "else").mkdir()
+    told = succeeds("convert", "run", "else/model.bin", cwd=here).stderr
+    assert "An llm.c file holds no tokenizer: that in run stays there." in told
+    shutil.copy(here / "run/tokenizer.json", here / "else")  # as that line makes one do
+    texts = tl.load(here / "run", "reference", dtype="float32").generate("ab", n=3)
+    assert tl.load(here / "else/model.bin", "reference", dtype="float32").generate("ab", n=3) == texts
+    assert "tokenizer" not in succeeds("convert", "else/model.bin", "else/b.bin", cwd=here).stderr
+    succeeds("convert", "run", "copy", "--to", "run", cwd=here)
+    assert contents(here / "copy") == contents(here / "run")
+
+
+@pytest.mark.parametrize("target", ["out", "out.gguf", "run"])
+def test_a_tokenizer_of_another_model_is_refused(target, here):
+    vocab = json.loads((here / "hf/vocab.json").read_text()) | {"more": 11}
+    (here / "hf/vocab.json").write_text(json.dumps(vocab))
+    before = contents(here)
+    to = ["--to", "run"] if target == "run" else []
+    error = refused("convert", "hf", target, *to, cwd=here)
+    assert "hf/vocab.json has 12 tokens but the model of hf has 11" in error
+    assert error.removeprefix("error: ") in refused("sample", "hf", cwd=here)
+    assert contents(here) == before
+    succeeds("convert", "hf", "out.bin", cwd=here)  # which has no place for one
+
+
+ENDS = ("bos_token_id", "eos_token_id")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"bos_token_id": 3, "eos_token_id": [4, 5]}, [3, [4, 5]]),
+        ({"eos_token_id": None}, [10, None]),
+        ({}, [10, 10]),  # the tokenizer's
+    ],
+)
+def test_the_ends_of_a_text_are_kept(said, expected, here):
+    (here / "hf/config.json").write_text(json.dumps(golden.CONFIG | said))
+    succeeds("convert", "hf", "out", cwd=here)
+    about = json.loads((here / "out/config.json").read_text())
+    assert [about[name] for name in ENDS] == expected
+
+
+def test_the_ends_of_a_text_are_those_of_the_tokenizer(run_of_characters):
+    here = run_of_characters
+    succeeds("convert", "run", "hf", cwd=here)
+    about = json.loads((here / "hf/config.json").read_text())
+    assert [about[name] for name in ENDS] == [10, 10]
+    (here / "run/tokenizer.json").unlink()
+    succeeds("convert", "run", "hf", "--overwrite", cwd=here)
+    about = json.loads((here / "hf/config.json").read_text())
+    assert [about[name] for name in ENDS] == [None, None]
 
 
 # ---------------------------------------------------------------- bad input

@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
+from tapeless.data.bpe import BPETokenizer
+from tapeless.data.tokenizers import find_tokenizer
 from tapeless.errors import ConfigError, RunError, did_you_mean
 from tapeless.io import gguf, gpt2, huggingface, llmc, runs
-from tapeless.io.checkpoints import open_model
-from tapeless.io.tensors import Checkpoint
+from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.layout import n_params
 
 FOLDERS = {"hf": "a Hugging Face folder", "run": "a run folder"}
@@ -50,6 +49,10 @@ def convert(
     model = open_model(source)
     say(f"{model.path}: {model.format}, {n_params(model.config):,} parameters")
     format, numbers = FILES.get(suffix) or FOLDERS[to or "hf"], llmc.DTYPES[dtype][1]
+    if suffix != ".bin":
+        model = with_tokenizer(model)
+    elif find_tokenizer(model.folder) and model.folder.resolve() != target.parent.resolve():
+        say(f"An llm.c file holds no tokenizer: that in {model.folder} stays there.")
     if to == "run":
         _write_folder(target, lambda folder: runs.write_model(folder, model))
     else:
@@ -62,7 +65,9 @@ def convert(
             if gguf.write_model(target, whole, numbers) is None:
                 say(f"No BPE tokenizer comes with {model.path}: llama.cpp will know tokens only by number.")
         else:
-            _write_folder(target, lambda folder: _write_huggingface(folder, whole, numbers))
+            if not isinstance(model.tokenizer, BPETokenizer | None):
+                say(f"The tokenizer of {model.path} is no BPE, so {format} has no place for it.")
+            _write_folder(target, lambda folder: huggingface.write_model(folder, whole, numbers))
     say(f"Saved in {target}, {format} of {numbers.name}.")
 
 
@@ -78,13 +83,6 @@ def refuse(target: Path, folder: bool, overwrite: bool) -> None:
             raise RunError(f"{target} is a folder; expected the name of a file.")
     if there and not overwrite:
         raise RunError(f"{there[0]} is there already: replace it with --overwrite, or choose another name.")
-
-
-def _write_huggingface(folder: Path, model: Checkpoint, numbers: np.dtype) -> None:
-    huggingface.write_model(folder, model, numbers)
-    if model.own_folder:
-        for path in huggingface.tokenizer_files(model.folder):
-            shutil.copyfile(path, folder / path.name)
 
 
 def _write_folder(target: Path, write: Callable[[Path], None]) -> None:

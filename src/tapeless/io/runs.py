@@ -135,8 +135,12 @@ def _write_about(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, a
     if tokenizer is None:
         remove([folder / TOKENIZER])  # of another model saved here before
     else:
-        # On one line: a BPE has a hundred thousand.
-        write_text(folder / TOKENIZER, json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
+        write_tokenizer(folder, tokenizer)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    # On one line: a BPE has a hundred thousand.
+    write_text(folder / TOKENIZER, json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
 
 
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

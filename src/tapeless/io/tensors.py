@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -98,7 +98,8 @@ class Checkpoint:
     """A model in files, whose sizes have been compared with its config.
 
     `tensors` has every parameter by our name, in parts along its first axis; `folder` is where files
-    of its tokenizer may lie, `tokenizer` what was read of them.
+    of its tokenizer may lie, `tokenizer` what was read of them; `ends` the ids of the first and last
+    token of a text, by Hugging Face's names, where the model's config tells them.
     """
 
     path: Path
@@ -107,6 +108,7 @@ class Checkpoint:
     tensors: Mapping[str, Sequence[Part]]
     folder: Path
     tokenizer: Tokenizer | None = None
+    ends: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def own_folder(self) -> bool:
