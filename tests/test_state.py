@@ -74,8 +74,8 @@ def test_the_golden_state_agrees(model, engine, here):
 
 
 def test_states_without_padding_are_read(here):
-    (here / "llmc_state.bin").write_bytes(golden.llmc_state(1))
-    succeeds("check", "llmc_v1.bin", "--state", "llmc_state.bin", "--engine", "reference", cwd=here)
+    state = FILES / "llmc_state_v1.bin"
+    succeeds("check", "llmc_v1.bin", "--state", state, "--engine", "reference", cwd=here)
 
 
 @pytest.mark.parametrize(
@@ -177,13 +177,11 @@ def test_how_a_run_was_computed_is_no_part_of_its_model(how, tmp_path):
     assert "FAILED: logits" in result.stdout
 
 
-@pytest.mark.parametrize(("magic", "dtype"), [(20240520, "<u2"), (20240801, "<u4")])
-def test_tokens_of_a_shard(magic, dtype, here):
-    stream = np.arange(40) * 3 % V
-    shard = golden.header(magic, 1, 40) + stream.astype(dtype).tobytes()
-    (here / "shard.bin").write_bytes(shard)
+@pytest.mark.parametrize("shard", ["llmc_tokens_v1.bin", "llmc_tokens_v7.bin"])
+def test_tokens_of_a_shard(shard, here):
+    stream = golden.stream()
     sizes = ["--batch-size", "3", "--block-size", "4"]
-    succeeds("convert", "llmc_v3.bin", "out.bin", "--state", "--data", "shard.bin", *sizes, cwd=here)
+    succeeds("convert", "llmc_v3.bin", "out.bin", "--state", "--data", FILES / shard, *sizes, cwd=here)
     tokens, targets = np.frombuffer((here / "out.bin").read_bytes()[1024:], "<i4", 24).reshape(2, 12)
     assert tokens.tolist() == stream[:12].tolist()
     assert targets.tolist() == stream[1:13].tolist()
