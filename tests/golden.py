@@ -17,6 +17,7 @@ import numpy as np
 FILES = Path(__file__).parent / "golden_files"
 V, T, L, H, C = 11, 6, 2, 2, 8
 B, S = 2, 5  # of the debug state: texts, tokens of each
+TOKENS = 40  # of the shards
 PADDED = 128
 EOT = "<|endoftext|>"
 
@@ -139,8 +140,24 @@ def llmc_state(version: int = 2) -> bytes:
     )
 
 
+def stream() -> np.ndarray:
+    return np.arange(TOKENS) * 3 % V
+
+
+def shard(magic: int, version: int, dtype: str) -> bytes:
+    """GPT-2's tokens are uint16 (20240520, version 1), those of Llama 3 uint32 (20240801, version 7)."""
+    return header(magic, version, TOKENS) + stream().astype(dtype).tobytes()
+
+
+def llmc_tokenizer() -> bytes:
+    """The bytes of the tokens of `tokenizer`, each after its length; version 2 names the end of text."""
+    tokens = [token.replace("Ġ", " ").encode() for token in VOCABULARY]
+    return header(20240328, 2, V, V - 1) + b"".join(bytes([len(token)]) + token for token in tokens)
+
+
 # ---------------------------------------------------------------- Hugging Face
 
+VOCABULARY = [*"abcdefg", "Ġ", "ab", "Ġab", EOT]
 CONFIG = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
@@ -208,7 +225,7 @@ def huggingface(
 
 def tokenizer(folder: Path) -> None:
     """A byte-level BPE of V tokens, in the files of GPT-2's: letters, two merges, the end of a text."""
-    vocab = {token: i for i, token in enumerate([*"abcdefg", "Ġ", "ab", "Ġab", EOT])}
+    vocab = {token: i for i, token in enumerate(VOCABULARY)}
     assert len(vocab) == V
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\na b\nĠ ab\n", encoding="utf-8")
@@ -240,8 +257,13 @@ def main() -> None:
     FILES.mkdir(exist_ok=True)
     for version in (1, 3, 5):
         (FILES / f"llmc_v{version}.bin").write_bytes(llmc_model(version))
+    (FILES / "llmc_state_v1.bin").write_bytes(llmc_state(1))
     (FILES / "llmc_state.bin").write_bytes(llmc_state())
+    (FILES / "llmc_tokens_v1.bin").write_bytes(shard(20240520, 1, "<u2"))
+    (FILES / "llmc_tokens_v7.bin").write_bytes(shard(20240801, 7, "<u4"))
+    (FILES / "llmc_tokenizer.bin").write_bytes(llmc_tokenizer())
     tokenizer(huggingface(FILES / "huggingface"))
+    huggingface(FILES / "huggingface_bf16", "BF16")
     gguf(FILES / "gpt2.gguf")
 
 

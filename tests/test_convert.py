@@ -15,6 +15,8 @@ import golden
 import hub
 import tapeless as tl
 from commands import contents, environment, refused, succeeds
+from tapeless.convert import convert
+from tapeless.data.tokenizers import CharTokenizer, read_tokenizer
 from tapeless.errors import RunError
 
 FILES = golden.FILES
@@ -38,7 +40,7 @@ def test_what_it_says(here):
     assert told.stdout == ""
     assert told.stderr.splitlines() == [
         "llmc_v5.bin: llm.c, version 5, bfloat16, 1,896 parameters",
-        "Saved in out (Hugging Face folder, float32).",
+        "Saved in out, a Hugging Face folder of float32.",
     ]
     told = succeeds("convert", "out", "run", "--to", "run", cwd=here).stderr
     assert told.splitlines()[0] == "out: Hugging Face, float32, 1,896 parameters"
@@ -86,6 +88,7 @@ def test_a_model_may_take_its_own_place(target, here):
         (["llmc_v3.bin", "out", "--to", "llama"], "to cannot be 'llama'"),
         (["llmc_v3.bin", "out.bin", "--to", "run"], "is the format of a folder"),
         (["llmc_v3.bin", "out", "--to", "run", "--dtype", "bf16"], "keeps its weights in float32"),
+        (["llmc_v3.bin", ""], "DST is empty"),
         (["llmc_v3.bin", "out.safetensors"], "give a .bin or .gguf file, or a folder"),
         (["llmc_v3.bin", "hf/config.json/out"], "config.json"),
         (["llmc_v3.bin", "llmc_v5.bin/out.bin", "--overwrite"], "llmc_v5.bin"),
@@ -99,6 +102,111 @@ def test_impossible_requests(arguments, words, here):
     before = contents(here)
     assert words in refused("convert", *arguments, cwd=here)
     assert contents(here) == before
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def tokenizer(folder: Path, kind: str) -> None:
+    """The golden tokenizer in a folder, as GPT-2's two files of either name, or in one file."""
+    golden.tokenizer(folder)
+    if kind == "encoder.json":
+        (folder / "vocab.json").rename(folder / "encoder.json")
+        (folder / "merges.txt").rename(folder / "vocab.bpe")
+    elif kind == "tokenizer.json":
+        content = read_tokenizer(folder).to_dict()
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        (folder / "vocab.json").unlink()
+        (folder / "merges.txt").unlink()
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "encoder.json", "tokenizer.json"])
+@pytest.mark.parametrize("source", ["model.bin", "hf"])
+def test_a_tokenizer_comes_along(source, kind, tmp_path):
+    """Through every format that has a place for one, texts are the same."""
+    golden.huggingface(tmp_path / "hf")
+    shutil.copy(MODEL, tmp_path / "model.bin")
+    tokenizer(tmp_path / "hf" if source == "hf" else tmp_path, kind)
+    expected = tl.load(tmp_path / source, "reference", dtype="float32").generate("ab a", n=2)
+    for target, to in (("a", "hf"), ("b", "run"), ("c", "hf"), ("d", "run")):
+        convert(tmp_path / source, tmp_path / target, to)
+        source = target
+        assert tl.load(tmp_path / source, "reference", dtype="float32").generate("ab a", n=2) == expected
+    assert (tmp_path / "b/tokenizer.json").read_bytes() == (tmp_path / "d/tokenizer.json").read_bytes()
+    convert(tmp_path / "a", tmp_path / "a.gguf")
+    convert(tmp_path / "d", tmp_path / "d.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "d.gguf").read_bytes()
+    assert b"tokenizer.ggml.tokens" in (tmp_path / "a.gguf").read_bytes()
+    convert(tmp_path / "d", tmp_path / "model.bin", overwrite=True)
+    assert (tmp_path / "model.bin").read_bytes() == WHOLE
+
+
+@pytest.fixture
+def run_of_characters(tmp_path):
+    """The golden model as a run whose eleven tokens are ten letters and BOS."""
+    model = tl.load(MODEL, "reference", dtype="float32")
+    model.tokenizer = CharTokenizer("abcdefghij", bos=10)
+    model.save(tmp_path / "run")
+    return tmp_path
+
+
+def test_a_tokenizer_that_has_no_place_is_told(run_of_characters):
+    here = run_of_characters
+    told = succeeds("convert", "run", "hf", cwd=here).stderr
+    assert "The tokenizer of run is no BPE, so a Hugging Face folder has no place for it." in told
+    assert set(contents(here / "hf")) == {"config.json", "model.safetensors"}
+    assert "No BPE tokenizer comes with run" in succeeds("convert", "run", "model.gguf", cwd=here).stderr
+    (here / "else").mkdir()
+    told = succeeds("convert", "run", "else/model.bin", cwd=here).stderr
+    assert "An llm.c file holds no tokenizer: that in run stays there." in told
+    shutil.copy(here / "run/tokenizer.json", here / "else")  # as that line makes one do
+    texts = tl.load(here / "run", "reference", dtype="float32").generate("ab", n=3)
+    assert tl.load(here / "else/model.bin", "reference", dtype="float32").generate("ab", n=3) == texts
+    assert "tokenizer" not in succeeds("convert", "else/model.bin", "else/b.bin", cwd=here).stderr
+    succeeds("convert", "run", "copy", "--to", "run", cwd=here)
+    assert contents(here / "copy") == contents(here / "run")
+
+
+@pytest.mark.parametrize("target", ["out", "out.gguf", "run"])
+def test_a_tokenizer_of_another_model_is_refused(target, here):
+    vocab = json.loads((here / "hf/vocab.json").read_text()) | {"more": 11}
+    (here / "hf/vocab.json").write_text(json.dumps(vocab))
+    before = contents(here)
+    to = ["--to", "run"] if target == "run" else []
+    error = refused("convert", "hf", target, *to, cwd=here)
+    assert "hf/vocab.json has 12 tokens but the model of hf has 11" in error
+    assert error.removeprefix("error: ") in refused("sample", "hf", cwd=here)
+    assert contents(here) == before
+    succeeds("convert", "hf", "out.bin", cwd=here)  # which has no place for one
+
+
+ENDS = ("bos_token_id", "eos_token_id")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"bos_token_id": 3, "eos_token_id": [4, 5]}, [3, [4, 5]]),
+        ({"eos_token_id": None}, [10, None]),
+        ({}, [10, 10]),  # the tokenizer's
+    ],
+)
+def test_the_ends_of_a_text_are_kept(said, expected, here):
+    (here / "hf/config.json").write_text(json.dumps(golden.CONFIG | said))
+    succeeds("convert", "hf", "out", cwd=here)
+    about = json.loads((here / "out/config.json").read_text())
+    assert [about[name] for name in ENDS] == expected
+
+
+def test_the_ends_of_a_text_are_those_of_the_tokenizer(run_of_characters):
+    here = run_of_characters
+    succeeds("convert", "run", "hf", cwd=here)
+    about = json.loads((here / "hf/config.json").read_text())
+    assert [about[name] for name in ENDS] == [10, 10]
+    (here / "run/tokenizer.json").unlink()
+    succeeds("convert", "run", "hf", "--overwrite", cwd=here)
+    about = json.loads((here / "hf/config.json").read_text())
+    assert [about[name] for name in ENDS] == [None, None]
 
 
 # ---------------------------------------------------------------- bad input
@@ -144,6 +252,11 @@ def two_files(folder: Path) -> None:
         write(folder / name, golden.llmc_model(3))
 
 
+def run_and_file(folder: Path) -> None:
+    tl.load(MODEL, "reference").save(folder)
+    write(folder / "a.bin", golden.llmc_model(3))
+
+
 def beside(name: str, content: bytes = b"", remove: str = ""):
     """A Hugging Face folder with a file more, or less."""
 
@@ -173,7 +286,7 @@ def cut(folder: Path, size: int = 5000) -> None:
 WHOLE = golden.llmc_model(3)
 BAD = {
     "nothing there": (lambda p: None, "no run folder or model 'bad'"),
-    "empty": (lambda p: write(p, b""), "bad is no model: it begins with 0"),
+    "empty": (lambda p: write(p, b""), "bad is empty; expected a run folder"),
     "wrong magic": (
         lambda p: write(p, spoilt(0, 20240325)),
         "begins with 20240325; expected a run folder",
@@ -206,6 +319,7 @@ BAD = {
     ),
     "empty folder": (lambda p: p.mkdir(), "has no config.json, nor a model file of llm.c"),
     "two files": (two_files, "bad holds 2 models: name one of them, e.g. bad/a.bin"),
+    "a file in a run": (run_and_file, "holds two models, that of config.json and a.bin"),
     "a file in a folder": (beside("a.bin", WHOLE), "holds two models, that of config.json and a.bin"),
     "shards and a whole": (
         beside("model.safetensors.index.json", b"{}"),
@@ -226,7 +340,11 @@ BAD = {
     "a width that is text": (config(n_embd="8"), "n_embd must be a whole number"),
     "another width": (config(n_embd=16), "wte.weight is [11, 8], but config.json says [11, 16]"),
     "a layer missing": (config(n_layer=3), "has no tensor 'h.2.ln_1.weight'"),
-    "a layer too many": (config(n_layer=1), "h.1.ln_1.weight' that is no part of GPT-2"),
+    "a layer too many": (config(n_layer=1), "config.json has n_layer 1, but its weights have 2 layers"),
+    "a tensor too many": (
+        tensors(lambda t: t.update({"h.1.adapter": np.zeros(3, np.float32)})),
+        "'h.1.adapter' that is no part of GPT-2",
+    ),
     "a tensor missing": (tensors(lambda t: t.pop("ln_f.bias")), "has no tensor 'ln_f.bias'"),
     "weights truncated": (cut, "model.safetensors is damaged or truncated"),
     "weights empty": (lambda p: cut(p, 0), "model.safetensors is damaged or truncated"),
@@ -270,9 +388,27 @@ def test_a_disk_that_is_full(target, here):
         "convert", "llmc_v3.bin", target, *extra, "--overwrite", cwd=here,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
     )  # fmt: skip
-    assert "cannot write" in error
-    assert "File too large" in error
+    assert error == f"error: cannot write {target}: File too large."
     assert contents(here) == before
+
+
+@pytest.mark.parametrize("target", ["out.bin", "out", "out.gguf"])
+def test_a_source_that_shrinks_meanwhile(target, tmp_path):
+    """It is named, not what is written."""
+    golden.huggingface(tmp_path / "hf")
+    before = set(contents(tmp_path))
+    file = tmp_path / "hf/model.safetensors"
+    with pytest.raises(RunError, match=r"hf/model\.safetensors has changed since it was opened"):
+        convert(tmp_path / "hf", tmp_path / target, say=lambda line: os.truncate(file, 5000))
+    assert set(contents(tmp_path)) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_is_not_waited_for(name, here):
+    (here / "hf" / name.removesuffix(".index.json")).unlink()
+    os.mkfifo(here / "hf" / name)
+    assert f"cannot read hf/{name}: it is no regular file" in refused("convert", "hf", "out.bin", cwd=here)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")

@@ -12,7 +12,6 @@ import golden
 import tapeless as tl
 from commands import environment, refused, succeeds
 from tapeless.convert import convert
-from tapeless.errors import RunError
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 FILES = golden.FILES
@@ -88,12 +87,22 @@ TOKENS = [*"abcdefg", "Ġ", "ab", "Ġab", golden.EOT]
 MERGES = ["a b", "Ġ ab"]
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def added(i, content):
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    return {"id": i, "content": content, "special": True} | flags
+
+
 def tokenizer_json(folder, **changes):
     """The same tokenizer as one file."""
     for name in ("vocab.json", "merges.txt"):
         (folder / name).unlink()
     content = {
-        "added_tokens": [{"id": 10, "content": golden.EOT, "special": True}],
+        "added_tokens": [added(10, golden.EOT)],
+        "pre_tokenizer": BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(TOKENS[:10])}, "merges": MERGES},
     }
     (folder / "tokenizer.json").write_text(json.dumps(content | changes))
@@ -137,6 +146,7 @@ def test_ids_without_a_token_are_filled(hf):
 
 def test_without_a_tokenizer(tmp_path):
     golden.tokenizer(tmp_path)  # of something else that lies in the same folder
+    tokenizer_json(tmp_path, added_tokens=[added(10, golden.EOT), added(11, "<more>")])
     shutil.copy(FILES / "llmc_v3.bin", tmp_path)
     told = succeeds("convert", "llmc_v3.bin", "model.gguf", cwd=tmp_path).stderr
     assert "No BPE tokenizer comes with llmc_v3.bin: llama.cpp will know tokens only by number." in told
@@ -148,15 +158,18 @@ def test_without_a_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"model": {"type": "Unigram", "vocab": []}}, "is a Unigram tokenizer; GGUF's gpt2 needs BPE"),
-        ({"added_tokens": [{"id": 11, "content": "x", "special": True}]}, "up to number 11, but the model"),
-        ({"model": {"type": "BPE"}}, "tokenizer.json is damaged"),
-        ({"added_tokens": 3}, "tokenizer.json is damaged"),
+        (
+            {"model": {"type": "Unigram", "vocab": []}},
+            "describes a Unigram tokenizer; expected byte-level BPE",
+        ),
+        ({"added_tokens": [added(10, golden.EOT), added(11, "x")]}, "has 12 tokens but the model of"),
+        ({"model": {"type": "BPE"}}, "tokenizer.json is no tokenizer that can be used"),
+        ({"added_tokens": 3}, "tokenizer.json is no tokenizer that can be used"),
     ],
 )
 def test_tokenizers_that_do_not_fit(content, words, hf):
     tokenizer_json(hf, **content)
-    with pytest.raises(RunError) as error:
+    with pytest.raises(tl.TapelessError) as error:
         convert(hf, hf.parent / "model.gguf")
     assert words in str(error.value)
     assert not (hf.parent / "model.gguf").exists()

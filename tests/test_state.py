@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -73,8 +74,8 @@ def test_the_golden_state_agrees(model, engine, here):
 
 
 def test_states_without_padding_are_read(here):
-    (here / "llmc_state.bin").write_bytes(golden.llmc_state(1))
-    succeeds("check", "llmc_v1.bin", "--state", "llmc_state.bin", "--engine", "reference", cwd=here)
+    state = FILES / "llmc_state_v1.bin"
+    succeeds("check", "llmc_v1.bin", "--state", state, "--engine", "reference", cwd=here)
 
 
 @pytest.mark.parametrize(
@@ -160,13 +161,27 @@ def test_a_model_without_biases(tmp_path):
     assert state.tokens.shape == (4, 6)  # no longer than the model's block
 
 
-@pytest.mark.parametrize(("magic", "dtype"), [(20240520, "<u2"), (20240801, "<u4")])
-def test_tokens_of_a_shard(magic, dtype, here):
-    stream = np.arange(40) * 3 % V
-    shard = golden.header(magic, 1, 40) + stream.astype(dtype).tobytes()
-    (here / "shard.bin").write_bytes(shard)
+@pytest.mark.parametrize("how", [{"recompute": True}, {"precision": "bf16"}])
+def test_how_a_run_was_computed_is_no_part_of_its_model(how, tmp_path):
+    model = random_model(SIZES.replace(**how), dtype="float32")
+    model.save(tmp_path / "run")
+    for target in ("model.bin", "hf", "model.gguf"):
+        convert(tmp_path / "run", tmp_path / target)
+    for source in ("model.bin", "hf"):
+        other = tl.load(tmp_path / source, "reference", dtype="float32")
+        assert other.config == SIZES.replace(init="gpt2")
+        assert all((other.params[name] == value).all() for name, value in model.params.items())
+    state = FILES / "llmc_state.bin"
+    result = tapeless("check", "run", "--state", state, "--engine", "reference", cwd=tmp_path)
+    assert result.returncode == 1, result.stderr  # it is another model, but one that can be compared
+    assert "FAILED: logits" in result.stdout
+
+
+@pytest.mark.parametrize("shard", ["llmc_tokens_v1.bin", "llmc_tokens_v7.bin"])
+def test_tokens_of_a_shard(shard, here):
+    stream = golden.stream()
     sizes = ["--batch-size", "3", "--block-size", "4"]
-    succeeds("convert", "llmc_v3.bin", "out.bin", "--state", "--data", "shard.bin", *sizes, cwd=here)
+    succeeds("convert", "llmc_v3.bin", "out.bin", "--state", "--data", FILES / shard, *sizes, cwd=here)
     tokens, targets = np.frombuffer((here / "out.bin").read_bytes()[1024:], "<i4", 24).reshape(2, 12)
     assert tokens.tolist() == stream[:12].tolist()
     assert targets.tolist() == stream[1:13].tolist()
@@ -181,8 +196,8 @@ def test_tokens_of_a_shard(magic, dtype, here):
         (0, 20240326, "is no debug state of llm.c: it begins with 20240326, not 20240327"),
         (4, 3, "is a debug state of version 3; the versions known are 1, 2"),
         (8, 0, "a batch of 0 × 5 tokens"),
-        (8, 3, "is truncated: 12,876 bytes, but a state of 3 × 5 tokens for this model needs"),
-        (8, 1, "is too long"),
+        (8, 3, "does not fit this model: 12,876 bytes, but with 3 × 5 tokens its state has 13,136"),
+        (8, 1, "does not fit this model: 12,876 bytes, but with 1 × 5 tokens its state has 12,616"),
         (12, 7, "has texts of 7 tokens, but the model's block is 6"),
         (1024, V, "has tokens that the model does not know: expected ids from 0 to 10"),
         (1028, -1, "has tokens that the model does not know"),
@@ -191,6 +206,20 @@ def test_tokens_of_a_shard(magic, dtype, here):
 def test_states_that_are_spoilt(offset, value, words, here, refusal):
     spoil(here / "llmc_state.bin", offset, value, "<i4")
     assert words in refusal("check", "llmc_v3.bin", "--state", "llmc_state.bin")
+
+
+def test_the_state_of_another_model(here, refusal):
+    random_model(SIZES.replace(n_layer=1)).save(here / "run")
+    error = refusal("check", "run", "--state", "llmc_state.bin")
+    assert "llmc_state.bin does not fit this model: 12,876 bytes" in error
+    assert error.endswith("It may belong to another model.")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+def test_a_pipe_is_not_waited_for(here):
+    os.mkfifo(here / "pipe")
+    error = refused("check", "llmc_v3.bin", "--state", "pipe", cwd=here)
+    assert "cannot read pipe: it is no regular file" in error
 
 
 def test_states_that_are_none(here):
@@ -210,6 +239,8 @@ def test_states_that_are_none(here):
         (["--block-size", "7"], "block_size must be a whole number from 1 to 6"),
         (["--batch-size", "0"], "batch_size must be a whole number from 1"),
         (["--seed", "-1"], "seed must be"),
+        (["--to", "hf"], "leave --to and --dtype out"),
+        (["--dtype", "bf16"], "leave --to and --dtype out"),
         (["--data", "llmc_v1.bin"], "is an llm.c model; expected token ids"),
         (["--data", "none.bin"], "none.bin is no file; expected token ids"),
         (["--data", "shard.bin"], "has 3 tokens; expected 25 at least"),
@@ -221,6 +252,12 @@ def test_states_that_cannot_be_written(arguments, words, here, refusal):
     (here / "large.bin").write_bytes(golden.header(20240520, 1, 99) + np.full(99, 400, "<u2").tobytes())
     assert words in refusal("convert", "llmc_v3.bin", "out.bin", "--state", *arguments)
     assert not (here / "out.bin").exists()
+
+
+@pytest.mark.parametrize("target", ["out.gguf", "out.safetensors"])
+def test_a_state_is_not_called_something_else(target, here, refusal):
+    assert "cannot be a debug state of llm.c" in refusal("convert", "llmc_v3.bin", target, "--state")
+    assert not (here / target).exists()
 
 
 def test_options_of_a_preset_do_not_go_with_a_state(here):

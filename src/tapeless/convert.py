@@ -7,16 +7,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
+from tapeless.data.bpe import BPETokenizer
+from tapeless.data.tokenizers import find_tokenizer
 from tapeless.errors import ConfigError, RunError, did_you_mean
 from tapeless.io import gguf, gpt2, huggingface, llmc, runs
-from tapeless.io.checkpoints import open_model
-from tapeless.io.tensors import Checkpoint
+from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.layout import n_params
 
-FOLDERS = {"hf": "Hugging Face folder", "run": "run folder"}
-FILES = {".bin": "llm.c file", ".gguf": "GGUF file"}
+FOLDERS = {"hf": "a Hugging Face folder", "run": "a run folder"}
+FILES = {".bin": "an llm.c file", ".gguf": "a GGUF file"}
 NO_FORMAT = (".safetensors", ".pt", ".pth", ".h5", ".npz", ".onnx", ".json")  # of no DST
 MODEL_FILES = (*runs.FILES, huggingface.INDEX, *huggingface.TOKENIZER_FILES)
 
@@ -42,7 +41,7 @@ def convert(
     if suffix in NO_FORMAT:
         raise ConfigError(f"{target} cannot be written: give a .bin or .gguf file, or a folder.")
     if suffix in FILES and to is not None:
-        raise ConfigError(f"to={to} is the format of a folder, but {target} is to be a {FILES[suffix]}.")
+        raise ConfigError(f"to={to} is the format of a folder, but {target} is to be {FILES[suffix]}.")
     if to == "run" and dtype != "f32":
         raise ConfigError("a run folder keeps its weights in float32: leave dtype out.")
     refuse(target, suffix not in FILES, overwrite)
@@ -50,20 +49,26 @@ def convert(
     model = open_model(source)
     say(f"{model.path}: {model.format}, {n_params(model.config):,} parameters")
     format, numbers = FILES.get(suffix) or FOLDERS[to or "hf"], llmc.DTYPES[dtype][1]
+    if suffix != ".bin":
+        model = with_tokenizer(model)
+    elif find_tokenizer(model.folder) and model.folder.resolve() != target.parent.resolve():
+        say(f"An llm.c file holds no tokenizer: that in {model.folder} stays there.")
     if to == "run":
         _write_folder(target, lambda folder: runs.write_model(folder, model))
     else:
-        whole = gpt2.as_gpt2(model, f"a {format}")
+        whole = gpt2.as_gpt2(model, format)
         if len(whole.tensors) > len(model.tensors):
-            say(f"It has no biases: a {format} gets biases of zero.")
+            say(f"It has no biases: {format} gets biases of zero.")
         if suffix == ".bin":
             llmc.write_model(target, whole, dtype)
         elif suffix == ".gguf":
             if gguf.write_model(target, whole, numbers) is None:
                 say(f"No BPE tokenizer comes with {model.path}: llama.cpp will know tokens only by number.")
         else:
-            _write_folder(target, lambda folder: _write_huggingface(folder, whole, numbers))
-    say(f"Saved in {target} ({format}, {numbers.name}).")
+            if not isinstance(model.tokenizer, BPETokenizer | None):
+                say(f"The tokenizer of {model.path} is no BPE, so {format} has no place for it.")
+            _write_folder(target, lambda folder: huggingface.write_model(folder, whole, numbers))
+    say(f"Saved in {target}, {format} of {numbers.name}.")
 
 
 def refuse(target: Path, folder: bool, overwrite: bool) -> None:
@@ -80,18 +85,11 @@ def refuse(target: Path, folder: bool, overwrite: bool) -> None:
         raise RunError(f"{there[0]} is there already: replace it with --overwrite, or choose another name.")
 
 
-def _write_huggingface(folder: Path, model: Checkpoint, numbers: np.dtype) -> None:
-    huggingface.write_model(folder, model, numbers)
-    if model.own_folder:
-        for path in huggingface.tokenizer_files(model.folder):
-            shutil.copyfile(path, folder / path.name)
-
-
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder aside, then put its files in the place of the model that may be there."""
-    folder = folder.resolve()
+    folder = target.resolve()
     aside = folder.with_name(f".{folder.name}.part")
-    with runs.writing(folder):
+    with runs.writing(target):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:

@@ -18,7 +18,7 @@ def convert(
         ),
     ],
     target: Annotated[
-        Path,
+        str,
         typer.Argument(metavar="DST", help="A .bin (llm.c) or .gguf file (llama.cpp), or a folder."),
     ],
     to: Annotated[
@@ -48,12 +48,17 @@ def convert(
     The format of SRC is known by its content, that of DST by its name. f32 keeps
     every bit; bf16 is half as large, and rounds.
     """
-    if state:
-        _write_state(source, target, overwrite, data, batch_size, block_size, seed)
-        return
     from tapeless.convert import convert as convert_model
+    from tapeless.errors import ConfigError
 
-    convert_model(source, target, to, dtype, overwrite, say)
+    if not target:  # as a path, that would be the present folder
+        raise ConfigError("DST is empty: name a file or a folder.")
+    if not state:
+        convert_model(source, Path(target), to, dtype, overwrite, say)
+        return
+    if to is not None or dtype != "f32":
+        raise ConfigError("--state writes a debug state of llm.c, in float32: leave --to and --dtype out.")
+    _write_state(source, Path(target), overwrite, data, batch_size, block_size, seed)
 
 
 def _write_state(
@@ -69,12 +74,14 @@ def _write_state(
 
     from tapeless import debugstate
     from tapeless.config import MAX_SIZE, whole
-    from tapeless.convert import refuse
+    from tapeless.convert import NO_FORMAT, refuse
     from tapeless.data.shards import Shards
-    from tapeless.errors import DataError
+    from tapeless.errors import ConfigError, DataError
     from tapeless.init import MAX_SEED
     from tapeless.progress import COMPILING
 
+    if target.suffix.lower() in (".gguf", *NO_FORMAT):
+        raise ConfigError(f"{target} cannot be a debug state of llm.c: give a .bin file.")
     refuse(target, False, overwrite)
     rng = np.random.default_rng(whole("seed", seed, 0, MAX_SEED))
     model = debugstate.load(source, "cpu")

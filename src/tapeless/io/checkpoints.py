@@ -59,18 +59,18 @@ def with_tokenizer(model: Checkpoint) -> Checkpoint:
 
 def _open_folder(folder: Path) -> Checkpoint:
     config = folder / runs.CONFIG
-    about = runs.read_json(config) if config.exists() else {}
-    if isinstance(about, dict) and "tapeless" in about:
-        return runs.open_model(folder)
-    if config.exists() and not (isinstance(about, dict) and {"model_type", "architectures"} & about.keys()):
-        raise RunError(f"{config} is damaged: it describes neither a run nor GPT-2.")
     files = [path for path in sorted(folder.glob("*.bin")) if _is_llmc(path)]
-    if config.exists() and files:
-        raise RunError(
-            f"{folder} holds two models, that of {runs.CONFIG} and {files[0].name}: move one of them away."
-        )
     if config.exists():
-        return huggingface.open_model(folder)
+        about = runs.read_json(config)
+        keys = about.keys() if isinstance(about, dict) else set()
+        if not {"tapeless", "model_type", "architectures"} & keys:
+            raise RunError(f"{config} is damaged: it describes neither a run nor GPT-2.")
+        if files:
+            raise RunError(
+                f"{folder} holds two models, that of {runs.CONFIG} and {files[0].name}: "
+                "move one of them away."
+            )
+        return runs.open_model(folder) if "tapeless" in keys else huggingface.open_model(folder)
     if len(files) == 1:
         return llmc.open_model(files[0])
     if files:
@@ -89,6 +89,8 @@ def _open_file(path: Path) -> Checkpoint:
         raise RunError(f"{path} is only a part of a model: give its folder, {path.parent}.")
     if not path.is_file():
         raise RunError(f"{path} is no file; expected {READ}.")
+    if not path.stat().st_size:
+        raise RunError(f"{path} is empty; expected {READ}.")
     magic = llmc.magic(path)
     if magic == llmc.MODEL:
         return llmc.open_model(path)

@@ -9,13 +9,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from tapeless.config import GPTConfig
-from tapeless.errors import ConfigError, RunError
+from tapeless.data.bpe import BPETokenizer
+from tapeless.errors import ConfigError
 from tapeless.io import gpt2
-from tapeless.io.runs import read_json, write_file
+from tapeless.io.runs import write_file
 from tapeless.io.tensors import Checkpoint, write_array
 
 ALIGN = 32  # bytes, of each tensor
-END = "<|endoftext|>"
 
 
 class Vocabulary(NamedTuple):
@@ -29,11 +29,11 @@ class Vocabulary(NamedTuple):
 
 
 def write_model(path: Path, model: Checkpoint, dtype: np.dtype) -> Vocabulary | None:
-    """Write a model for llama.cpp, with the BPE tokenizer of its folder, if any. Matrices are of this
-    dtype, everything else float32. Returns the tokenizer.
+    """Write a model for llama.cpp, with its tokenizer if that is a BPE. Matrices are of this dtype,
+    everything else float32. Returns the tokenizer.
 
-    Raises `ConfigError` without the extra or for another architecture, `RunError` if the tokenizer does
-    not fit or the file cannot be written.
+    Raises `ConfigError` without the extra or for another architecture, `RunError` if the file cannot be
+    written.
     """
     try:
         import gguf
@@ -42,7 +42,8 @@ def write_model(path: Path, model: Checkpoint, dtype: np.dtype) -> Vocabulary | 
 
     model = gpt2.as_gpt2(model, "GGUF's gpt2")
     config, shapes = model.config, gpt2.shapes(model.config)
-    vocabulary = read_vocabulary(model.folder, config.vocab) if model.own_folder else None
+    tokenizer = model.tokenizer
+    vocabulary = _vocabulary(tokenizer, config.vocab) if isinstance(tokenizer, BPETokenizer) else None
     wide = np.dtype(np.float32)
 
     def number(names: gpt2.Names) -> np.dtype:
@@ -112,37 +113,13 @@ def _describe(writer: Any, c: GPTConfig, vocabulary: Vocabulary | None, dtype: n
     writer.add_add_bos_token(False)
 
 
-# ---------------------------------------------------------------- tokenizers
-
-
-def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary | None:
-    """The byte-level BPE of a folder, from tokenizer.json, or vocab.json and merges.txt; None where there
-    is none. Raises `RunError` for a damaged file, or more tokens than the model has."""
-    path = folder / "tokenizer.json"
-    try:
-        if path.is_file() and "model" in (content := read_json(path)):
-            if content["model"]["type"] != "BPE":
-                raise RunError(f"{path} is a {content['model']['type']} tokenizer; GGUF's gpt2 needs BPE.")
-            ids = dict(content["model"]["vocab"])
-            merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
-            added = content.get("added_tokens", [])
-            ids |= {token["content"]: token["id"] for token in added}
-            special = {token["id"] for token in added if token["special"]}
-        elif (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            ids, special = dict(read_json(path)), set()
-            path = folder / "merges.txt"
-            lines = path.read_text(encoding="utf-8").splitlines()
-            merges = [line for line in lines if line and not line.startswith("#version")]
-        else:
-            return None
-        tokens: list[str | None] = [None] * vocab_size
-        if max(ids.values()) >= vocab_size:
-            raise RunError(
-                f"{path} has tokens up to number {max(ids.values())}, but the model knows only {vocab_size}."
-            )
-        for token, i in ids.items():
-            tokens[i] = token
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise RunError(f"{path} is damaged: it describes no byte-level BPE.") from None
-    end = ids.get(END)
+def _vocabulary(tokenizer: BPETokenizer, vocab_size: int) -> Vocabulary:
+    content = tokenizer.to_dict()
+    added, end = content["added_tokens"], tokenizer.bos
+    ids = content["model"]["vocab"] | {token["content"]: token["id"] for token in added}
+    tokens: list[str | None] = [None] * vocab_size
+    for token, i in ids.items():
+        tokens[i] = token
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    special = {token["id"] for token in added if token["special"]}
     return Vocabulary(tokens, merges, special | ({end} if end is not None else set()), end)

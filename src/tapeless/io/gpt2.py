@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from tapeless.config import GPTConfig
+from tapeless.config import COMPUTED, GPTConfig
 from tapeless.errors import ConfigError
 from tapeless.io.tensors import Checkpoint, Zeros
 from tapeless.layout import parameters
@@ -46,7 +46,7 @@ TENSORS = (  # in llm.c's order
     Names("normf_b", "lnfb", "ln_f.bias", "output_norm.bias"),
 )
 # What may differ from GPT-2's config: it changes no result, or can be had with biases of zero.
-FREE = ("attention", "attention_tile", "init", "bias", "norm_bias")
+FREE = (*COMPUTED, "attention", "attention_tile", "init", "bias", "norm_bias")
 
 
 def gpt2_config(sizes: GPTConfig) -> GPTConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from tapeless.config import GPTConfig
+from tapeless.data.bpe import BPETokenizer
+from tapeless.data.tokenizers import find_tokenizer
 from tapeless.errors import ConfigError, RunError
 from tapeless.io import gpt2, safetensors
-from tapeless.io.runs import CONFIG, MODEL, TOKENIZER, read_json, write_file, write_json
+from tapeless.io.runs import CONFIG, MODEL, TOKENIZER, read_json, write_file, write_json, write_tokenizer
 from tapeless.io.tensors import Checkpoint, Part, Stored
 
 INDEX = "model.safetensors.index.json"
@@ -45,6 +48,8 @@ SIZES = {  # GPTConfig's names, and Hugging Face's with their defaults
     "n_hidden": ("n_inner", None),
     "norm_eps": ("layer_norm_epsilon", 1e-5),
 }
+LAYERED = re.compile(r"h\.(\d+)\.")
+ENDS = ("bos_token_id", "eos_token_id")
 IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")  # masks; the tied head
 
 
@@ -79,9 +84,14 @@ def open_model(folder: Path) -> Checkpoint:
             shape_here = (1, *expected) if names.layered else expected
             tensors[names.ours].append(dataclasses.replace(part, shape=shape_here))
     unknown = [name for name in stored if not IGNORED.fullmatch(name)]
+    layers = 1 + max([int(found[1]) for name in unknown if (found := LAYERED.match(name))], default=-1)
+    if layers > config.n_layer:
+        raise RunError(f"{path} has n_layer {config.n_layer}, but its weights have {layers} layers.")
     if unknown:
         raise RunError(f"{folder} has a tensor {unknown[0]!r} that is no part of GPT-2.")
-    return Checkpoint(folder, f"Hugging Face, {', '.join(sorted(numbers))}", config, tensors, folder)
+    format = f"Hugging Face, {', '.join(sorted(numbers))}"
+    ends = {name: about[name] for name in ENDS if name in about}
+    return Checkpoint(folder, format, config, tensors, folder, ends=ends)
 
 
 def _config(path: Path, about: dict[str, Any]) -> GPTConfig:
@@ -132,17 +142,12 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer that lie in a folder. A run's own of single characters is none."""
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return [path for path in files if path.name != TOKENIZER or "model" in read_json(path)]
-
-
 # ---------------------------------------------------------------- writing
 
 
 def write_model(folder: Path, model: Checkpoint, dtype: np.dtype) -> None:
-    """Write config.json and model.safetensors as `GPT2LMHeadModel.save_pretrained` does.
+    """Write config.json and model.safetensors as `GPT2LMHeadModel.save_pretrained` does, and the model's
+    tokenizer if it is a BPE.
 
     Raises `ConfigError` for another architecture, `RunError` if that cannot be written.
     """
@@ -161,12 +166,24 @@ def write_model(folder: Path, model: Checkpoint, dtype: np.dtype) -> None:
                 yield block.astype(dtype)
 
     write_file(folder / MODEL, lambda aside: safetensors.write(aside, entries, blocks(), {"format": "pt"}))
-    write_json(folder / CONFIG, _about(model.config, dtype))
+    write_json(folder / CONFIG, _about(model, dtype))
+    _write_tokenizer(folder, model)
 
 
-def _about(c: GPTConfig, dtype: np.dtype) -> dict[str, Any]:
-    """What config.json says. Only GPT-2's own vocabulary is known to have an end of text."""
-    end = 50256 if c.vocab == 50257 else None
+def _write_tokenizer(folder: Path, model: Checkpoint) -> None:
+    tokenizer = model.tokenizer
+    if model.own_folder and isinstance(tokenizer, BPETokenizer | None):
+        for path in [model.folder / name for name in TOKENIZER_FILES]:
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    if isinstance(tokenizer, BPETokenizer) and find_tokenizer(folder) is None:
+        write_tokenizer(folder, tokenizer)  # it lay beside the model, or in files of other names
+
+
+def _about(model: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
+    """What config.json says. Without a tokenizer, only GPT-2's own vocabulary is known to have an end."""
+    c = model.config
+    end = model.tokenizer.bos if model.tokenizer else 50256 if c.vocab == 50257 else None
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -175,6 +192,6 @@ def _about(c: GPTConfig, dtype: np.dtype) -> dict[str, Any]:
         **{theirs: getattr(c, ours) for ours, (theirs, _) in SIZES.items()},
         "n_inner": None if c.n_hidden == 4 * c.n_embd else c.n_hidden,
         **{name: values[0] for name, values in SETTINGS.items()},
-        "bos_token_id": end,
-        "eos_token_id": end,
+        **dict.fromkeys(ENDS, end),
+        **model.ends,
     }

@@ -25,7 +25,7 @@ from tapeless.config import GPTConfig
 from tapeless.errors import ConfigError, RunError
 from tapeless.io import gpt2
 from tapeless.io.runs import write_file
-from tapeless.io.tensors import Checkpoint, Held, Part, Stored, write_array
+from tapeless.io.tensors import Checkpoint, Held, Part, Stored, file_size, write_array
 
 MODEL, STATE = 20240326, 20240327
 MODEL_VERSIONS = {1: np.dtype("<f4"), 3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bfloat16)}
@@ -50,7 +50,7 @@ def padded(vocab_size: int) -> int:
 def _read_header(path: Path, expected: int, what: str, versions: Sequence[int]) -> tuple[list[int], int]:
     """The header, and the size of the file."""
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         with open(path, "rb") as file:
             content = file.read(HEADER)
     except OSError as error:
@@ -64,12 +64,6 @@ def _read_header(path: Path, expected: int, what: str, versions: Sequence[int]) 
         known = ", ".join(map(str, versions))
         raise RunError(f"{path} is a {what} of version {header[1]}; the versions known are {known}.")
     return header, size
-
-
-def _check_size(path: Path, size: int, expected: int, why: str) -> None:
-    if size != expected:
-        verb = "truncated" if size < expected else "too long"
-        raise RunError(f"{path} is {verb}: {size:,} bytes, but {why} needs {expected:,}.")
 
 
 def _stored(
@@ -123,8 +117,11 @@ def open_model(path: Path) -> Checkpoint:
         raise RunError(f"{path} does not describe a model: {V} tokens are padded to {rows}.")
     dtype = MODEL_VERSIONS[version]
     tensors, end = _stored(path, HEADER, dtype, config, rows)
-    about = f"its model (V {V}, padded {rows}, T {T}, C {C}, {L} layers, {dtype.name})"
-    _check_size(path, size, end, about)
+    if size != end:
+        raise RunError(
+            f"{path} is {'truncated' if size < end else 'too long'}: {size:,} bytes, but its model "
+            f"(V {V}, padded {rows}, T {T}, C {C}, {L} layers, {dtype.name}) needs {end:,}."
+        )
     return Checkpoint(path, f"llm.c, version {version}, {dtype.name}", config, tensors, path.parent)
 
 
@@ -188,7 +185,11 @@ def open_state(path: Path, config: GPTConfig) -> State:
     logits, loss = HEADER + 8 * N, HEADER + 8 * N + 4 * N * V
     floats = np.dtype("<f4")
     tensors, end = _stored(path, loss + 4, floats, config, V if version == 1 else padded(V))
-    _check_size(path, size, end, f"a state of {B} × {T} tokens for this model")
+    if size != end:
+        raise RunError(
+            f"{path} does not fit this model: {size:,} bytes, but with {B} × {T} tokens its state has "
+            f"{end:,}. It may belong to another model."
+        )
     tokens, targets = (Stored(path, at, np.dtype("<i4"), (B, T)).map() for at in (HEADER, HEADER + 4 * N))
     largest = max(int(tokens.max()), int(targets.max()))
     if min(int(tokens.min()), int(targets.min())) < 0 or largest >= V:

@@ -32,7 +32,7 @@ from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.errors import ConfigError, DataError, RunError
 from tapeless.io import safetensors
-from tapeless.io.tensors import Checkpoint, Stored
+from tapeless.io.tensors import Checkpoint, Stored, file_size
 from tapeless.layout import parameters
 
 METADATA = {"format": "tapeless"}  # of safetensors files
@@ -72,13 +72,22 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+class _CannotWrite(RunError):
+    def __init__(self, path: Path, reason: object):
+        super().__init__(f"cannot write {path}: {reason}.")
+        self.reason = reason
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system refuses, as a `RunError`."""
+    """What the system refuses, as a `RunError` that names `path`: where one of these stands within
+    another, the outer one's."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}.") from None
+        raise _CannotWrite(path, error.strerror or error) from None
+    except _CannotWrite as error:
+        raise _CannotWrite(path, error.reason) from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -126,8 +135,12 @@ def _write_about(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, a
     if tokenizer is None:
         remove([folder / TOKENIZER])  # of another model saved here before
     else:
-        # On one line: a BPE has a hundred thousand.
-        write_text(folder / TOKENIZER, json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
+        write_tokenizer(folder, tokenizer)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    # On one line: a BPE has a hundred thousand.
+    write_text(folder / TOKENIZER, json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
 
 
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -156,6 +169,7 @@ def remove(paths: Iterable[Path]) -> None:
 
 def read_json(path: Path) -> Any:
     try:
+        file_size(path)  # refuses a pipe
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path.parent} has no {path.name}: it is not a run folder, or incomplete.") from None
@@ -166,7 +180,7 @@ def read_json(path: Path) -> Any:
 
 
 def open_tensors(path: Path, expected: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, Stored]:
-    """The tensors of a file, to be mapped. Raises `RunError` where it cannot be read, or does not hold
+    """The tensors of a file, to be read. Raises `RunError` where it cannot be read, or does not hold
     the `expected` names, with these shapes and kinds of number."""
     if not path.is_file():
         raise RunError(f"{path.parent} has no {path.name}: it is not a run folder, or incomplete.")

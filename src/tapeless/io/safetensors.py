@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from tapeless.errors import RunError
-from tapeless.io.tensors import Stored, write_array
+from tapeless.io.tensors import Stored, file_size, write_array
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -36,9 +36,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """The tensors of a file, by name, to be mapped. Raises `RunError` if it is not whole."""
+    """The tensors of a file, by name, to be read. Raises `RunError` if it is not whole."""
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > size - 8:

@@ -1,10 +1,11 @@
 """Tensors in files, and a model made of them: `Checkpoint`. A model of any size passes through little
-memory, since its tensors are mapped a few megabytes at a time."""
+memory, since its tensors are read a few megabytes at a time."""
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -15,7 +16,16 @@ from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer
 from tapeless.errors import RunError
 
-BLOCK = 4 << 20  # bytes mapped at a time
+BLOCK = 4 << 20  # bytes read at a time
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file that is to be read. Raises `OSError` if there is none, or it is no regular file:
+    a pipe would be waited for."""
+    about = path.stat()
+    if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):  # to open a folder is refused
+        raise OSError(None, "it is no regular file")
+    return about.st_size
 
 
 class Part(Protocol):
@@ -46,14 +56,21 @@ class Stored:
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
     def blocks(self) -> Iterator[np.ndarray]:
+        """Raises `RunError` for a file that has become shorter, or cannot be read any more."""
         row = self.nbytes // self.shape[0]
         step = max(1, BLOCK // row)
-        # Each block is a mapping of its own: its pages are given back when the next one takes its place.
-        with open(self.path, "rb") as file:
-            for first in range(0, self.shape[0], step):
-                shape = (min(step, self.shape[0] - first), *self.shape[1:])
-                block = np.memmap(file, self.dtype, "r", self.offset + first * row, shape)
-                yield block.swapaxes(1, 2) if self.turned else block
+        # Read, not mapped: pages of a mapping that are no longer in the file would end the process.
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                for first in range(0, self.shape[0], step):
+                    block = np.empty((min(step, self.shape[0] - first), *self.shape[1:]), self.dtype)
+                    if file.readinto(block.reshape(-1).view(np.uint8).data) < block.nbytes:
+                        raise OSError(None, "it is shorter")
+                    yield block.swapaxes(1, 2) if self.turned else block
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{self.path} has changed since it was opened: {reason}.") from None
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,8 @@ class Checkpoint:
     """A model in files, whose sizes have been compared with its config.
 
     `tensors` has every parameter by our name, in parts along its first axis; `folder` is where files
-    of its tokenizer may lie, `tokenizer` what was read of them.
+    of its tokenizer may lie, `tokenizer` what was read of them; `ends` the ids of the first and last
+    token of a text, by Hugging Face's names, where the model's config tells them.
     """
 
     path: Path
@@ -90,6 +108,7 @@ class Checkpoint:
     tensors: Mapping[str, Sequence[Part]]
     folder: Path
     tokenizer: Tokenizer | None = None
+    ends: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def own_folder(self) -> bool:
@@ -99,18 +118,15 @@ class Checkpoint:
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """Consecutive rows of a parameter, in our orientation. Raises `RunError` for numbers that are
         not finite, or a file that cannot be read any more."""
-        try:
-            for part in self.tensors[name]:
-                for block in part.blocks():
-                    if not np.isfinite(block).all():
-                        kind = "NaN" if np.isnan(block).any() else "an infinite number"
-                        raise RunError(
-                            f"{self.path}: {name} holds {kind}; expected finite weights. "
-                            "Take a checkpoint from before that."
-                        )
-                    yield block
-        except (OSError, ValueError) as error:  # a mapping beyond the end is a ValueError
-            raise RunError(f"{self.path} has changed since it was opened: {error}.") from None
+        for part in self.tensors[name]:
+            for block in part.blocks():
+                if not np.isfinite(block).all():
+                    kind = "NaN" if np.isnan(block).any() else "an infinite number"
+                    raise RunError(
+                        f"{self.path}: {name} holds {kind}; expected finite weights. "
+                        "Take a checkpoint from before that."
+                    )
+                yield block
 
     def read_into(self, views: Mapping[str, np.ndarray]) -> None:
         """Copy every parameter into the view of its name, once, converting its numbers. Raises
