@@ -628,6 +628,10 @@ def test_a_model_beside_llmcs_tokenizer(small, tmp_path):
     )
     model = tl.load(tmp_path / "gpt2.bin", "reference")
     assert model.generate("whether", n=1) == model.generate(small.encode("whether"), n=1)
+    succeeds("convert", "gpt2.bin", "folder", cwd=tmp_path)
+    tokenizer = tl.load(tmp_path / "folder", "reference").tokenizer
+    assert tokenizer.token_bytes() == small.token_bytes()
+    assert tokenizer.encode(TEXTS[0]) == small.encode(TEXTS[0])
 
 
 def test_a_model_with_llmcs_tokenizer_speaks_too(tmp_path):

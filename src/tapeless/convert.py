@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from tapeless.data.bpe import BPETokenizer
+from tapeless.data.table import TableTokenizer
 from tapeless.data.tokenizers import find_tokenizer
 from tapeless.errors import ConfigError, RunError, did_you_mean
 from tapeless.io import gguf, gpt2, huggingface, llmc, runs
@@ -51,6 +53,8 @@ def convert(
     format, numbers = FILES.get(suffix) or FOLDERS[to or "hf"], llmc.DTYPES[dtype][1]
     if suffix != ".bin":
         model = with_tokenizer(model)
+        if to != "run" and isinstance(model.tokenizer, TableTokenizer) and model.tokenizer.merges is not None:
+            model = dataclasses.replace(model, tokenizer=model.tokenizer.bpe)
     elif find_tokenizer(model.folder) and model.folder.resolve() != target.parent.resolve():
         say(f"An llm.c file holds no tokenizer: that in {model.folder} stays there.")
     if to == "run":

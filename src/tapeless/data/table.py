@@ -45,7 +45,7 @@ class TableTokenizer:
     def encode(self, text: str) -> list[int]:
         """GPT-2's tokens of `text`. Raises `DataError` for any but the empty one where the merges are not
         known, or the library is not there."""
-        return self._encoder.encode(text) if text else []
+        return self.bpe.encode(text) if text else []
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]] | None:
@@ -53,7 +53,8 @@ class TableTokenizer:
         return find_merges(self.tokens, self.bos)
 
     @cached_property
-    def _encoder(self) -> BPETokenizer:
+    def bpe(self) -> BPETokenizer:
+        """The same as a BPE. Raises `DataError` where the merges are not known."""
         if self.merges is None:
             raise DataError(
                 "this tokenizer only turns tokens into text, since its own are not merged from two others "
