@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -24,6 +25,7 @@ from tapeless.data.sources import hold_out
 from tapeless.data.tokenizers import CharTokenizer
 from tapeless.errors import NumericsError, RunError
 from tapeless.meter import Meter, Speed
+from test_bpe import gpt2, gpt2_files
 
 GPT2 = tl.presets["gpt2"].model.replace(vocab_size=27, block_size=32, n_layer=2, n_head=2, n_embd=16)
 LETTERS = CharTokenizer("\nabcdefghijklmnopqrstuvwxyz", bos=None)
@@ -522,6 +524,66 @@ def test_mistakes_with_checkpoints(arguments, words, here, tmp_path):
     error = refused("train", "data", *arguments, "--engine", "reference", cwd=here, env=offline)
     assert all(word in error for word in words), error
     assert contents(here) == before
+
+
+def test_a_pair_in_different_folders(here, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"data/{split}").mkdir(parents=True)
+        shutil.copy(here / f"data/names_{split}.bin", tmp_path / f"data/{split}")
+    arguments = ("train", "data", "--pretrained", here / "model", "--steps", "1", *QUIET)
+    assert "4,000 tokens and 400 to validate on" in succeeds(*arguments, cwd=tmp_path).stderr
+    (tmp_path / "data/other").mkdir()
+    other = shutil.copy(here / "data/names_val.bin", tmp_path / "data/other")
+    error = refused(*arguments, cwd=tmp_path)
+    assert "data/other/names_val.bin, data/val/names_val.bin. Choose one" in error
+    assert "400 to validate on" in succeeds(*arguments, "--val", other, cwd=tmp_path).stderr
+
+
+def test_tokens_of_another_tokenizer(here, tmp_path):
+    """Of another size or of the same, to train or to validate on, whatever kind of file it lies in."""
+    shutil.copytree(here / "data", tmp_path / "data")
+    shutil.copytree(here / "data", tmp_path / "plain")
+    model = here / "model"
+    train = ("train", "data", "--pretrained", model, "--steps", "1", *QUIET, "--out", "run")
+    for chars, size in (("abc", "3"), (LETTERS.chars[::-1], "27")):
+        (tmp_path / "data/tokenizer.json").write_text(json.dumps(CharTokenizer(chars, None).to_dict()))
+        validate = ("train", "plain", "--val", "data", *train[2:])
+        for command in (train, validate, ("eval", model, "data", "--engine", "reference")):
+            error = refused(*command, cwd=tmp_path)
+            assert f"data/tokenizer.json, beside the tokens, is another tokenizer ({size} tokens)" in error
+            assert ("the model" if command[0] == "eval" else str(model)) in error
+            assert not (tmp_path / "run").exists()
+    write_table(tmp_path / "data/gpt2_tokenizer.bin", LETTERS.chars)
+    (tmp_path / "data/tokenizer.json").unlink()
+    succeeds(*train, cwd=tmp_path)
+    succeeds("eval", model, "data", "--engine", "reference", cwd=tmp_path)
+
+
+def write_table(path, letters):
+    """llm.c's tokenizer file of these tokens; the last one ends documents."""
+    header = struct.pack("<256I", 20240328, 2, len(letters), len(letters) - 1, *[0] * 252)
+    path.write_bytes(header + b"".join(bytes([len(c.encode())]) + c.encode() for c in letters))
+
+
+def test_gpt2s_tokenizer_in_other_files_is_the_same(tmp_path):
+    """encoder.json and vocab.bpe beside the tokens, tokenizer.json as Hugging Face writes it in the model."""
+    tokenizer = gpt2().to_dict()
+    for added in tokenizer["added_tokens"]:
+        added["normalized"] = True
+    model = tl.GPT(GPT2.replace(vocab_size=50257, n_embd=4), tokenizer=gpt2())
+    model.save(tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "text.txt").write_text("Before we proceed any further, hear me speak.\n" * 30)
+    succeeds("tokenize", "text.txt", "--tokenizer", gpt2_files(), "--out", "data", cwd=tmp_path)
+    (tmp_path / "data/tokenizer.json").unlink()
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(gpt2_files() / name, tmp_path / "data")
+    arguments = ("--pretrained", "model", "--steps", "1", "--batch-size", "1", *QUIET)
+    succeeds("train", "data", *arguments, cwd=tmp_path)
+    succeeds("tokenize", "text.txt", "--train-bpe", "300", "--out", "other", cwd=tmp_path)
+    error = refused("train", "other", *arguments, cwd=tmp_path)
+    assert "other/tokenizer.json" in error
+    assert "is another tokenizer (291 tokens) than that of model (50,257 tokens)" in error
 
 
 def test_vocabularies_that_differ(here, tmp_path):

@@ -247,6 +247,7 @@ def _read(plan: Plan) -> Data:
         lines=training.of_documents,
         val_fraction=training.val_fraction,
         usual_vocab=chosen.model.vocab_size,
+        owner=plan.folder or plan.pretrained or "the model",
     )
 
 
