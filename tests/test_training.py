@@ -23,7 +23,7 @@ from shard_files import write_shard
 from tapeless.data.documents import read_documents
 from tapeless.data.sources import hold_out
 from tapeless.data.tokenizers import CharTokenizer
-from tapeless.errors import NumericsError, RunError
+from tapeless.errors import DataError, NumericsError, RunError
 from tapeless.meter import Meter, Speed
 from test_bpe import gpt2, gpt2_files
 
@@ -440,6 +440,103 @@ def test_a_disk_without_room_is_found_first(here, tmp_path, monkeypatch):
         with pytest.raises(RunError, match=r"the run takes 0\.0 GB, the disk has 0\.0 left"):
             tl.train(**given, out=tmp_path, samples=0, progress=False, **more)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_an_old_run_stays_until_there_is_a_new_one(size, here, tmp_path, monkeypatch):
+    options = {"engine": "reference", "dtype": "float32", "samples": 0, "out": tmp_path / "run"}
+    held = {"val_fraction": 0.001, "eval_every": 1}
+    tl.train(preset="esp32gpt", steps=3, progress=False, set=held, **options)
+    before = contents(tmp_path / "run")
+    if size == "large":
+        monkeypatch.setattr(JOB, "SNAPSHOTS", 0)
+    write_shard(tmp_path / "bad.bin", [5] * 30 + [27] * 400)
+    bad = {"data": tmp_path / "bad.bin", "pretrained": here / "model", "overwrite": True}
+    with pytest.raises(
+        DataError, match=r"bad\.bin has the token 27 at position 30; the vocabulary has 27 tok"
+    ):
+        tl.train(progress=False, **bad, **options)
+    with pytest.raises(DataError, match="has the token 27"):  # validation before the first step
+        tl.train(
+            **bad | {"data": here / "data", "val": tmp_path / "bad.bin"}, set={"eval_every": 1},
+            progress=False, **options,
+        )  # fmt: skip
+    if size == "large":
+        with pytest.raises(NumericsError, match="Try a smaller lr"):
+            tl.train(
+                preset="esp32gpt", steps=900, lr=9e5, overwrite=True, set=held, progress=False, **options
+            )
+    assert contents(tmp_path / "run") == before
+    with pytest.raises(tl.Interrupted):
+        tl.train(preset="esp32gpt", overwrite=True, progress=StopAt(1), **options)
+    assert "best/config.json" not in contents(tmp_path / "run")
+    assert tl.train(out=tmp_path / "run", resume=True, samples=0, progress=False).steps == 1000
+
+
+def test_bad_tokens_at_the_beginning_make_no_folder(here, tmp_path):
+    write_shard(tmp_path / "bad.bin", [5] * 30 + [27] * 400)
+    arguments = ("--pretrained", here / "model", *QUIET, "--out", "run")
+    assert "has the token 27" in refused("train", "bad.bin", *arguments, cwd=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- data that turn out bad
+
+
+def test_a_bad_token_later_on_costs_no_step(here, tmp_path, text):
+    """What was done until then is saved; when the data are mended it goes on as if they had been good."""
+    tokens = LETTERS.encode(text)[:20_000]
+    write_shard(tmp_path / "good.bin", tokens)
+    write_shard(tmp_path / "data.bin", [*tokens[:5000], 999, *tokens[5001:]])
+    arguments = ("--pretrained", here / "model", "--block-size", "8", "--batch-size", "4", *QUIET)
+    arguments += ("--steps", "200", "--lr", "0.01")
+    succeeds("train", "good.bin", *arguments, "--out", "whole", cwd=tmp_path)
+    error = refused("train", "data.bin", *arguments, "--out", "run", cwd=tmp_path)
+    found = re.search(
+        r"data\.bin has the token 999 at position 5,000; .* run keeps the state after step (\d+): "
+        r"go on with --resume when that is mended\.$", error
+    )  # fmt: skip
+    assert found
+    done = int(found[1])
+    assert 20 < done <= 5000 // 32
+    assert len(losses(tmp_path / "run")) == done
+    os.replace(tmp_path / "good.bin", tmp_path / "data.bin")
+    told = succeeds("train", "--resume", "--out", "run", cwd=tmp_path).stderr
+    assert f"Going on from step {done}." in told
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+class Vanish(StopAt):
+    """Progress that takes a file away once training has come to a step."""
+
+    def __init__(self, step, path):
+        super().__init__(step)
+        self.path = path
+
+    def update(self, losses):
+        self.now += len(losses)
+        if self.now >= self.step:
+            self.path.rename(self.path.with_suffix(".away"))
+
+
+@pytest.mark.parametrize("what", ["train", "val"])
+def test_a_shard_that_vanishes_costs_no_step(what, here, tmp_path):
+    shutil.copytree(here / "data", tmp_path / "data")
+    path = tmp_path / f"data/names_{what}.bin"
+    settings = {"order": "windows", "eval_every": 12, "eval_batches": 2}
+    options = {"pretrained": here / "model", "batch_size": 2, "steps": 60, "engine": "reference"}
+    options |= {"samples": 0, "set": settings}
+    whole = tl.train(tmp_path / "data", progress=False, **options)
+    with pytest.raises(
+        DataError, match=rf"names_{what}\.bin: No such file.* keeps the state after step \d+:"
+    ):
+        tl.train(tmp_path / "data", out=tmp_path / "run", progress=Vanish(20, path), **options)
+    done = len(rows(tmp_path / "run"))
+    assert done >= 20
+    path.with_suffix(".away").rename(path)
+    run = tl.train(out=tmp_path / "run", resume=True, progress=False)
+    assert np.array_equal(losses(tmp_path / "run"), whole.losses)
+    assert np.array_equal(run.model.engine.params, whole.model.engine.params)
 
 
 # ---------------------------------------------------------------- from a checkpoint
