@@ -590,6 +590,12 @@ def test_windows_shorter_than_the_models_block(here, tmp_path):
     moved = np.abs(after.params["wpe"] - before.params["wpe"]).max(axis=1)
     assert (moved[:8] > 0.01).all()
     assert (moved[8:] == 0).all()
+    # The same options go on with it; a shorter window may be chosen as well.
+    more = ("train", "--resume", "--out", "run", *QUIET)
+    told = succeeds(*more, "--block-size", "8", "--steps", "4", cwd=tmp_path).stderr
+    assert "of 8 tokens" in told
+    assert "of 4 tokens" in succeeds(*more, "--block-size", "4", "--steps", "5", cwd=tmp_path).stderr
+    assert "the context of run, not 33" in refused(*more, "--block-size", "33", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
