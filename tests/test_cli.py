@@ -255,7 +255,7 @@ def test_data_that_is_no_text(content, words, tmp_path):
 def test_data_that_is_no_file(tmp_path):
     assert "is a folder" in refused("train", tmp_path, cwd=tmp_path)
     if os.path.exists("/dev/zero"):
-        assert "is a device" in refused("train", "/dev/zero", cwd=tmp_path)
+        assert "no regular file" in refused("train", "/dev/zero", cwd=tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")

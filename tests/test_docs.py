@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from commands import succeeds
+from test_bpe import gpt2_files
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gradients.md"
 OPS = ROOT / "src" / "tapeless" / "ops"
@@ -110,3 +113,15 @@ def test_links_are_put_right(package, capsys):
     shutil.move(package / "a.py", package / "c.py")  # `f` is now in two files beside the one linked
     assert links.main([str(page)]) == 1
     assert "f is not defined there" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_on_gpt2_can_be_run_in_turn(tmp_path):
+    """Those that make tokens, as they stand there; GPT-2's tokenizer from files instead of the network."""
+    text = (ROOT / "docs" / "gpt2.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\$ tapeless (tokenize [^#\n]*)", text, re.MULTILINE)
+    assert len(commands) == 2
+    (tmp_path / "input.txt").write_text("Before we proceed any further, hear me speak.\n" * 50)
+    for command in commands:
+        words = command.replace("--tokenizer gpt2", f"--tokenizer {gpt2_files()}").split()
+        told = succeeds(*("input.txt" if word == "*.txt" else word for word in words), cwd=tmp_path)
+        assert "Train with: tapeless train" in told.stderr

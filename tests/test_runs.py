@@ -105,6 +105,51 @@ def test_a_mistake_beside_overwrite_costs_nothing(arguments, run):
     assert contents(run) == before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_process_killed_while_it_replaces_a_run(tmp_path, monkeypatch):
+    """At each change it makes to the folder: what is there is the old run, or the new one, and no mixture."""
+    options = {"engine": "reference", "progress": False}
+    old, run = tmp_path / "old", tmp_path / "run"
+    held = {"n_embd": 8, "val_fraction": 0.001, "sample_every": 1}
+    tl.train(out=old, steps=2, samples=1, set=held, **options)
+    before = contents(old)
+    seen, calls = [], 0
+    while not seen or seen[-1] != "done":
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(old, run)
+        calls += 1
+        child = os.fork()
+        if not child:
+            count = iter(range(calls))
+            for module, name in ((os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
+                monkeypatch.setattr(module, name, killed_at_last(getattr(module, name), count))
+            try:
+                tl.train(out=run, steps=3, samples=0, overwrite=True, **options)
+            finally:
+                os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        width = tl.load(run, "reference").config.n_embd
+        there = {name: content for name, content in contents(run).items() if name[0] != "."}
+        if width == 8:
+            assert there == before
+        else:
+            assert there.keys() == FILES - {"samples.txt"}
+            tl.train(out=run, resume=True, steps=4, samples=0, **options)
+            assert len(metrics(run)) == 4
+        seen.append("done" if not killed else "old" if width == 8 else "new")
+    assert min(seen.count("old"), seen.count("new")) > 10
+    assert seen == sorted(seen, key=["old", "new", "done"].index)
+
+
+def killed_at_last(function, count):
+    def instead(*arguments, **options):
+        if next(count, None) is None:
+            os._exit(9)
+        return function(*arguments, **options)
+
+    return instead
+
+
 def test_overwrite_spares_what_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text('{"mine": 1}')
     assert "no run's" in refused("train", *SMALL, "--out", ".", "--overwrite", cwd=tmp_path)
@@ -121,7 +166,6 @@ def test_a_file_in_place_of_the_folder(out, tmp_path):
 def test_two_processes_cannot_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "refuse", lambda folder, overwrite: None)  # both looked before either began
     runs.claim(tmp_path, False)
-    monkeypatch.setattr(runs, "remove", lambda paths: None)
     with pytest.raises(RunError, match="another process"):
         runs.claim(tmp_path, False)
 
@@ -526,6 +570,10 @@ def test_a_file_that_cannot_be_written_whole(run):
         "train", "--resume", "--out", "run", "--steps", "30", cwd=run.parent, preexec_fn=limited
     )  # fmt: skip
     assert "cannot write run/state.safetensors" in error
+    assert error.endswith(" run keeps the state after step 20.")
+    assert contents(run) == before
+    error = refused("train", *SMALL, "--out", "run", "--overwrite", cwd=run.parent, preexec_fn=limited)
+    assert "state.safetensors: File too large" in error
     assert contents(run) == before
 
 

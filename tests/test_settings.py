@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -86,8 +87,42 @@ def test_every_hyper_parameter_can_be_set(tmp_path):
 def test_mistakes_in_a_file(toml, words, tmp_path):
     (tmp_path / "my.toml").write_bytes(toml if isinstance(toml, bytes) else toml.encode())
     error = refused("train", *QUICK, "--config", "my.toml", cwd=tmp_path)
+    assert error.startswith("error: my.toml")
     assert all(word in error for word in words), error
     assert [path.name for path in tmp_path.iterdir()] == ["my.toml"]
+
+
+def test_a_mistake_elsewhere_does_not_name_the_file(tmp_path):
+    (tmp_path / "my.toml").write_text("steps = 2.5\nlr = 1")
+    error = refused("train", *QUICK, "--config", "my.toml", "--steps", "0", cwd=tmp_path)
+    assert error.startswith("error: steps must be a whole number")
+
+
+@pytest.mark.parametrize("toml", ["seed = 7", "[training]\nseed = 7"])
+def test_the_seed_may_stand_in_the_file(toml, tmp_path):
+    (tmp_path / "my.toml").write_text(f"{toml}\nsteps = 1")
+    succeeds("train", *QUICK, "--config", "my.toml", cwd=tmp_path)
+    assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 7
+    again = ("train", *QUICK, "--overwrite", "--config", "my.toml")
+    succeeds(*again, "--seed", "8", cwd=tmp_path)
+    assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 8
+    (tmp_path / "my.toml").write_text("seed = -1")
+    assert "my.toml: seed must be a whole number" in refused(*again, cwd=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a FIFO")
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    os.mkfifo(tmp_path / "fifo.bin")
+    (tmp_path / "text.txt").write_text("emma\n")
+    tokenize = ("tokenize", "text.txt", "--out", "data", "--tokenizer")
+    for arguments in (
+        ("train", "fifo"), ("train", "fifo.bin"), ("train", "--val", "fifo"), ("train", "--config", "fifo"),
+        ("train", "--pretrained", "fifo"), (*tokenize, "fifo"), ("tokenize", "fifo", *tokenize[2:], "chars"),
+    ):  # fmt: skip
+        error = refused(*arguments, *(QUICK if arguments[0] == "train" else ()), cwd=tmp_path, timeout=60)
+        assert "fifo" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"fifo", "fifo.bin", "text.txt"}
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

@@ -338,6 +338,29 @@ def test_several_sets_in_one_folder_are_chosen_by_name(tree):
     assert found("two/b/other") == ("other", "two/b/other_train.bin", "")
 
 
+def test_pairs_in_different_folders(tree):
+    """Chosen by name, wherever they lie below the folder; what is beside goes before."""
+    for path in ("parts/train/x_train.bin", "parts/val/x_val.bin", "parts/val/y_val.bin"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_shard(Path(path), [1, 2, 3])
+    assert found("parts") == ("x", "parts/train/x_train.bin", "parts/val/x_val.bin")
+    assert found("parts/x") == found("parts")
+    assert found("parts/train") == ("x", "parts/train/x_train.bin", "")
+    write_shard(Path("parts/train/z_train.bin"), [1])
+    with pytest.raises(DataError, match=r"Choose one: parts/x, parts/train/z\."):
+        find_tokens("parts")
+    assert found("parts/x")[2] == "parts/val/x_val.bin"
+    Path("parts/more").mkdir()
+    write_shard(Path("parts/more/x_val.bin"), [1])
+    with pytest.raises(DataError, match="several") as error:
+        find_tokens("parts/x")
+    assert "parts/train/x_train.bin: parts/more/x_val.bin, parts/val/x_val.bin. Choose one" in str(
+        error.value
+    )
+    write_shard(Path("parts/train/x_val.bin"), [1])
+    assert found("parts/x") == ("x", "parts/train/x_train.bin", "parts/train/x_val.bin")
+
+
 def test_links_in_circles(tree):
     Path("one/back").symlink_to(Path("one").resolve())
     Path("linked").mkdir()

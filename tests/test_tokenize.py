@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,6 +357,46 @@ def test_a_mistake_beside_overwrite_costs_nothing(text):
     assert contents(text / "data") == before
 
 
+def test_what_other_shards_need_stays(text):
+    """--overwrite replaces a text's own shards, not the tokenizer that those of another text need."""
+    (text / "other.txt").write_text("".join(sorted(set(TEXT))) * 30)
+    for name in ("play.txt", "other.txt"):
+        succeeds("tokenize", name, "--tokenizer", "chars", "--out", "data", cwd=text)
+    before = contents(text / "data")
+    again = ("tokenize", "play.txt", "--out", "data", "--overwrite")
+    for options in (["--train-bpe", 300], ["--tokenizer", gpt2_files()]):
+        error = refused(*again, *options, cwd=text)
+        assert "data/tokenizer.json is another tokenizer, which data/other_train.bin needs" in error
+        assert contents(text / "data") == before
+    succeeds(*again, "--tokenizer", "chars", cwd=text)
+    assert contents(text / "data") == before
+    for path in (text / "data").glob("other*"):
+        path.unlink()
+    succeeds(*again, "--train-bpe", 300, cwd=text)
+
+
+def test_it_says_how_to_train(text):
+    """With this text's shards and no others, however many there are."""
+    sizes = [
+        word for name in ("n_layer=1", "n_head=2", "n_embd=8", "block_size=8") for word in ("--set", name)
+    ]
+    train = ("--preset", "gpt2", *sizes, "--steps", 1, "--batch-size", 1, "--samples", 0)
+    (text / "other.txt").write_text(TEXT * 3)
+    shutil.copy(text / "other.txt", text / "v1.2.txt")
+    for name, options, hint in (
+        ("play", ["--out", "dov"], "dov"),
+        ("other", ["--out", "dov"], "dov/other"),
+        ("v1.2", ["--out", "dov"], "dov/v1.2_train.bin"),
+        ("other", ["--out", "."], "other_train.bin"),
+        ("v1.2", ["--out", "dov", "--overwrite", "--shard-tokens", "2000"], "'dov/v1.2_train_*.bin'"),
+    ):
+        told = succeeds("tokenize", f"{name}.txt", "--tokenizer", "chars", *options, cwd=text)
+        assert told.stderr.splitlines()[-1] == f"Train with: tapeless train {hint}"
+        count = sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens to train on", told.stdout))
+        told = succeeds("train", shlex.split(hint)[0], *train, "--engine", "reference", cwd=text)
+        assert f"({count:,} tokens and " in told.stderr
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk(processes, large):
     def limited():
@@ -463,6 +505,22 @@ def test_a_process_that_dies_while_a_bpe_is_trained(long):
     assert "error: a process that tokenizes has died" in errors
     assert "Traceback" not in errors
     assert {p.name for p in long.iterdir()} == {"long.txt"}
+
+
+@needs_proc
+@pytest.mark.parametrize("change", ["shorter", "longer"])
+def test_a_text_that_changes_meanwhile(change, tmp_path):
+    (tmp_path / "long.txt").write_text(TEXT * 15_000)
+    process, _ = started(tmp_path)
+    size = (tmp_path / "long.txt").stat().st_size
+    os.truncate(tmp_path / "long.txt", size // 4 * 3 if change == "shorter" else size + 100)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert (
+        errors.splitlines()[-1]
+        == f"error: long.txt has become {change} than the {size:,} bytes it began with."
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"long.txt"}
 
 
 @needs_proc

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -22,8 +23,9 @@ from shard_files import write_shard
 from tapeless.data.documents import read_documents
 from tapeless.data.sources import hold_out
 from tapeless.data.tokenizers import CharTokenizer
-from tapeless.errors import NumericsError, RunError
+from tapeless.errors import DataError, NumericsError, RunError
 from tapeless.meter import Meter, Speed
+from test_bpe import gpt2, gpt2_files
 
 GPT2 = tl.presets["gpt2"].model.replace(vocab_size=27, block_size=32, n_layer=2, n_head=2, n_embd=16)
 LETTERS = CharTokenizer("\nabcdefghijklmnopqrstuvwxyz", bos=None)
@@ -440,6 +442,103 @@ def test_a_disk_without_room_is_found_first(here, tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_an_old_run_stays_until_there_is_a_new_one(size, here, tmp_path, monkeypatch):
+    options = {"engine": "reference", "dtype": "float32", "samples": 0, "out": tmp_path / "run"}
+    held = {"val_fraction": 0.001, "eval_every": 1}
+    tl.train(preset="esp32gpt", steps=3, progress=False, set=held, **options)
+    before = contents(tmp_path / "run")
+    if size == "large":
+        monkeypatch.setattr(JOB, "SNAPSHOTS", 0)
+    write_shard(tmp_path / "bad.bin", [5] * 30 + [27] * 400)
+    bad = {"data": tmp_path / "bad.bin", "pretrained": here / "model", "overwrite": True}
+    with pytest.raises(
+        DataError, match=r"bad\.bin has the token 27 at position 30; the vocabulary has 27 tok"
+    ):
+        tl.train(progress=False, **bad, **options)
+    with pytest.raises(DataError, match="has the token 27"):  # validation before the first step
+        tl.train(
+            **bad | {"data": here / "data", "val": tmp_path / "bad.bin"}, set={"eval_every": 1},
+            progress=False, **options,
+        )  # fmt: skip
+    if size == "large":
+        with pytest.raises(NumericsError, match="Try a smaller lr"):
+            tl.train(
+                preset="esp32gpt", steps=900, lr=9e5, overwrite=True, set=held, progress=False, **options
+            )
+    assert contents(tmp_path / "run") == before
+    with pytest.raises(tl.Interrupted):
+        tl.train(preset="esp32gpt", overwrite=True, progress=StopAt(1), **options)
+    assert "best/config.json" not in contents(tmp_path / "run")
+    assert tl.train(out=tmp_path / "run", resume=True, samples=0, progress=False).steps == 1000
+
+
+def test_bad_tokens_at_the_beginning_make_no_folder(here, tmp_path):
+    write_shard(tmp_path / "bad.bin", [5] * 30 + [27] * 400)
+    arguments = ("--pretrained", here / "model", *QUIET, "--out", "run")
+    assert "has the token 27" in refused("train", "bad.bin", *arguments, cwd=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- data that turn out bad
+
+
+def test_a_bad_token_later_on_costs_no_step(here, tmp_path, text):
+    """What was done until then is saved; when the data are mended it goes on as if they had been good."""
+    tokens = LETTERS.encode(text)[:20_000]
+    write_shard(tmp_path / "good.bin", tokens)
+    write_shard(tmp_path / "data.bin", [*tokens[:5000], 999, *tokens[5001:]])
+    arguments = ("--pretrained", here / "model", "--block-size", "8", "--batch-size", "4", *QUIET)
+    arguments += ("--steps", "200", "--lr", "0.01")
+    succeeds("train", "good.bin", *arguments, "--out", "whole", cwd=tmp_path)
+    error = refused("train", "data.bin", *arguments, "--out", "run", cwd=tmp_path)
+    found = re.search(
+        r"data\.bin has the token 999 at position 5,000; .* run keeps the state after step (\d+): "
+        r"go on with --resume when that is mended\.$", error
+    )  # fmt: skip
+    assert found
+    done = int(found[1])
+    assert 20 < done <= 5000 // 32
+    assert len(losses(tmp_path / "run")) == done
+    os.replace(tmp_path / "good.bin", tmp_path / "data.bin")
+    told = succeeds("train", "--resume", "--out", "run", cwd=tmp_path).stderr
+    assert f"Going on from step {done}." in told
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+class Vanish(StopAt):
+    """Progress that takes a file away once training has come to a step."""
+
+    def __init__(self, step, path):
+        super().__init__(step)
+        self.path = path
+
+    def update(self, losses):
+        self.now += len(losses)
+        if self.now >= self.step:
+            self.path.rename(self.path.with_suffix(".away"))
+
+
+@pytest.mark.parametrize("what", ["train", "val"])
+def test_a_shard_that_vanishes_costs_no_step(what, here, tmp_path):
+    shutil.copytree(here / "data", tmp_path / "data")
+    path = tmp_path / f"data/names_{what}.bin"
+    settings = {"order": "windows", "eval_every": 12, "eval_batches": 2}
+    options = {"pretrained": here / "model", "batch_size": 2, "steps": 60, "engine": "reference"}
+    options |= {"samples": 0, "set": settings}
+    whole = tl.train(tmp_path / "data", progress=False, **options)
+    with pytest.raises(
+        DataError, match=rf"names_{what}\.bin: No such file.* keeps the state after step \d+:"
+    ):
+        tl.train(tmp_path / "data", out=tmp_path / "run", progress=Vanish(20, path), **options)
+    done = len(rows(tmp_path / "run"))
+    assert done >= 20
+    path.with_suffix(".away").rename(path)
+    run = tl.train(out=tmp_path / "run", resume=True, progress=False)
+    assert np.array_equal(losses(tmp_path / "run"), whole.losses)
+    assert np.array_equal(run.model.engine.params, whole.model.engine.params)
+
+
 # ---------------------------------------------------------------- from a checkpoint
 
 
@@ -491,6 +590,12 @@ def test_windows_shorter_than_the_models_block(here, tmp_path):
     moved = np.abs(after.params["wpe"] - before.params["wpe"]).max(axis=1)
     assert (moved[:8] > 0.01).all()
     assert (moved[8:] == 0).all()
+    # The same options go on with it; a shorter window may be chosen as well.
+    more = ("train", "--resume", "--out", "run", *QUIET)
+    told = succeeds(*more, "--block-size", "8", "--steps", "4", cwd=tmp_path).stderr
+    assert "of 8 tokens" in told
+    assert "of 4 tokens" in succeeds(*more, "--block-size", "4", "--steps", "5", cwd=tmp_path).stderr
+    assert "the context of run, not 33" in refused(*more, "--block-size", "33", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -522,6 +627,66 @@ def test_mistakes_with_checkpoints(arguments, words, here, tmp_path):
     error = refused("train", "data", *arguments, "--engine", "reference", cwd=here, env=offline)
     assert all(word in error for word in words), error
     assert contents(here) == before
+
+
+def test_a_pair_in_different_folders(here, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"data/{split}").mkdir(parents=True)
+        shutil.copy(here / f"data/names_{split}.bin", tmp_path / f"data/{split}")
+    arguments = ("train", "data", "--pretrained", here / "model", "--steps", "1", *QUIET)
+    assert "4,000 tokens and 400 to validate on" in succeeds(*arguments, cwd=tmp_path).stderr
+    (tmp_path / "data/other").mkdir()
+    other = shutil.copy(here / "data/names_val.bin", tmp_path / "data/other")
+    error = refused(*arguments, cwd=tmp_path)
+    assert "data/other/names_val.bin, data/val/names_val.bin. Choose one" in error
+    assert "400 to validate on" in succeeds(*arguments, "--val", other, cwd=tmp_path).stderr
+
+
+def test_tokens_of_another_tokenizer(here, tmp_path):
+    """Of another size or of the same, to train or to validate on, whatever kind of file it lies in."""
+    shutil.copytree(here / "data", tmp_path / "data")
+    shutil.copytree(here / "data", tmp_path / "plain")
+    model = here / "model"
+    train = ("train", "data", "--pretrained", model, "--steps", "1", *QUIET, "--out", "run")
+    for chars, size in (("abc", "3"), (LETTERS.chars[::-1], "27")):
+        (tmp_path / "data/tokenizer.json").write_text(json.dumps(CharTokenizer(chars, None).to_dict()))
+        validate = ("train", "plain", "--val", "data", *train[2:])
+        for command in (train, validate, ("eval", model, "data", "--engine", "reference")):
+            error = refused(*command, cwd=tmp_path)
+            assert f"data/tokenizer.json, beside the tokens, is another tokenizer ({size} tokens)" in error
+            assert ("the model" if command[0] == "eval" else str(model)) in error
+            assert not (tmp_path / "run").exists()
+    write_table(tmp_path / "data/gpt2_tokenizer.bin", LETTERS.chars)
+    (tmp_path / "data/tokenizer.json").unlink()
+    succeeds(*train, cwd=tmp_path)
+    succeeds("eval", model, "data", "--engine", "reference", cwd=tmp_path)
+
+
+def write_table(path, letters):
+    """llm.c's tokenizer file of these tokens; the last one ends documents."""
+    header = struct.pack("<256I", 20240328, 2, len(letters), len(letters) - 1, *[0] * 252)
+    path.write_bytes(header + b"".join(bytes([len(c.encode())]) + c.encode() for c in letters))
+
+
+def test_gpt2s_tokenizer_in_other_files_is_the_same(tmp_path):
+    """encoder.json and vocab.bpe beside the tokens, tokenizer.json as Hugging Face writes it in the model."""
+    tokenizer = gpt2().to_dict()
+    for added in tokenizer["added_tokens"]:
+        added["normalized"] = True
+    model = tl.GPT(GPT2.replace(vocab_size=50257, n_embd=4), tokenizer=gpt2())
+    model.save(tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "text.txt").write_text("Before we proceed any further, hear me speak.\n" * 30)
+    succeeds("tokenize", "text.txt", "--tokenizer", gpt2_files(), "--out", "data", cwd=tmp_path)
+    (tmp_path / "data/tokenizer.json").unlink()
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(gpt2_files() / name, tmp_path / "data")
+    arguments = ("--pretrained", "model", "--steps", "1", "--batch-size", "1", *QUIET)
+    succeeds("train", "data", *arguments, cwd=tmp_path)
+    succeeds("tokenize", "text.txt", "--train-bpe", "300", "--out", "other", cwd=tmp_path)
+    error = refused("train", "other", *arguments, cwd=tmp_path)
+    assert "other/tokenizer.json" in error
+    assert "is another tokenizer (291 tokens) than that of model (50,257 tokens)" in error
 
 
 def test_vocabularies_that_differ(here, tmp_path):

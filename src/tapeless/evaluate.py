@@ -12,10 +12,9 @@ import numpy as np
 
 from tapeless.config import MAX_SIZE, whole
 from tapeless.data.documents import Corpus, read_documents
-from tapeless.data.files import find_tokens
 from tapeless.data.orders import Tokens
 from tapeless.data.shards import Shards
-from tapeless.data.sources import are_tokens
+from tapeless.data.sources import are_tokens, check_tokenizer, held_files
 from tapeless.data.tokenizers import REMEDY, CharTokenizer, Tokenizer
 from tapeless.errors import DataError, NumericsError
 
@@ -98,8 +97,7 @@ def _open(model: GPT, data: Any, lines: bool | None) -> Tokens:
             raise DataError("tokens must be a list of token ids.")
         return _text(stream)
     if are_tokens(data):
-        found = find_tokens(data)
-        files = [Path(data)] if Path(data).is_file() else found.val or found.train
+        check_tokenizer(files := held_files(data), tokenizer, model.config.vocab, "the model")
         return Shards(files, model.config.vocab)
     if tokenizer is None:
         raise DataError(f"the model has no tokenizer to read {data} with: give token shards, or {REMEDY}.")

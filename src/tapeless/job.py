@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tapeless.data.documents import Corpus
 from tapeless.data.orders import Order
 from tapeless.data.sources import Data
 from tapeless.engine import uses
-from tapeless.errors import NumericsError, RunError
+from tapeless.errors import DataError, NumericsError, RunError
 from tapeless.evaluate import score
 from tapeless.generate import generate
 from tapeless.io import runs
@@ -53,6 +54,7 @@ class Job:
     texts: dict[int, list[str]] = field(default_factory=dict)  # generated while training
     _logged: int = 0  # steps already in metrics.jsonl
     _saved: int | None = None  # the step of the state in the folder
+    _place: Path | None = None  # where files are written, once it has begun: `folder`, or aside at first
 
     def __post_init__(self) -> None:
         t = self.training
@@ -77,13 +79,28 @@ class Job:
 
     def advance(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Do k steps; their losses, and the lengths of what they were done on."""
-        A, B = self.batches, self.training.batch_size
-        spans = self.order.take(self.step * A, k * A).reshape(k, A, B, 2)
-        stream, spans = self.data.train.take(spans)
+        stream, spans = self._read(k)
         rates = learning_rates(self.training, self.step, k)
         losses = self.model.engine.train(stream, spans, rates, self.program)
         self.step += k
         return losses, spans[..., 1]
+
+    def _read(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the next k steps are done on, as `Tokens.take` gives it."""
+        A, B = self.batches, self.training.batch_size
+        before = self.rng.state()
+        spans = self.order.take(self.step * A, k * A).reshape(k, A, B, 2)
+        try:
+            return self.data.train.take(spans)
+        except DataError:
+            self.rng.restore(before)  # of steps that were not done no trace is saved
+            raise
+
+    def try_data(self) -> None:
+        """Raise `DataError` if the next step cannot be done."""
+        before = self.rng.state()
+        self._read(1)
+        self.rng.restore(before)
 
     # ------------------------------------------------------------ between steps
 
@@ -107,12 +124,9 @@ class Job:
         better = loss < self.best[0]
         if better:
             self.best = (loss, self.step)
-            if self.folder is not None and self.step:
+            if self._place is not None and self.step:
                 about = self.about | {"step": self.step, "val_loss": loss}
-                model = self.model
-                runs.save_model(
-                    self.folder / runs.BEST, model.config, model.tokenizer, dict(model.params), about
-                )
+                self._save_model(self._place / runs.BEST, about)
         return better
 
     @property
@@ -173,9 +187,9 @@ class Job:
         self.losses = [seen[: self.step - first]]
         self.val_losses = {step: loss for step, loss in self.val_losses.items() if step <= self.step}
         self.texts = {step: texts for step, texts in self.texts.items() if step <= self.step}
-        if self.folder is not None:
+        if self._place is not None:
             for log in (runs.METRICS, runs.SAMPLES_LOG):
-                runs.cut_log(self.folder / log, self.step)
+                runs.cut_log(self._place / log, self.step)
             self._logged = min(self._logged, self.step)
             self.save()
         self._give_up(message)
@@ -188,11 +202,7 @@ class Job:
 
     def _give_up(self, message: str) -> None:
         lr = f"a smaller lr (it was {self.training.lr:g})."
-        if self.folder is not None and self._saved is not None:
-            message += f" {self.folder} keeps the state after step {self._saved:,}: resume it with {lr}"
-        else:
-            message += f" Try {lr}"
-        raise NumericsError(message)
+        raise NumericsError(message + (self.kept(f"resume it with {lr}") or f" Try {lr}"))
 
     def _snapshot(self, copies: Sequence[np.ndarray] | None = None) -> tuple[Any, ...]:
         opt = self.model.engine.optimiser
@@ -231,31 +241,61 @@ class Job:
             return
         if not self.small:
             runs.check_room(self.folder, self.nbytes)
-        if not self.resumed:
-            runs.claim(self.folder, self.overwrite)
+        self._place = self.folder if self.resumed else runs.claim(self.folder, self.overwrite)
         if self.small:
             self.save()
 
     def save(self) -> None:
-        """Write the run's files. Raises `NumericsError` instead if the state is not finite."""
-        assert self.folder is not None
+        """Write the run's files, if it has begun to have any. Raises `NumericsError` instead if the state
+        is not finite."""
+        if self._place is None:
+            return
         if not self.small and not self._finite():
             self._give_up(f"the update overflows by step {self.step:,}.")
-        if rows := self._new_rows():
-            runs.append_rows(self.folder / runs.METRICS, rows)
-        self.log_texts()
-        runs.write_tensors(self.folder / runs.STATE, self._state())
-        runs.save_model(
-            self.folder, self.model.config, self.model.tokenizer, dict(self.model.params), self.about
-        )
+        with self.told():
+            if rows := self._new_rows():
+                runs.append_rows(self._place / runs.METRICS, rows)
+            self.log_texts()
+            runs.write_tensors(self._place / runs.STATE, self._state())
+        if self._saved is not None:  # the other files are there: they may be older
+            self._saved = self.step
+        self._save_model(self._place, self.about)
+        if self.folder is not None and self._place != self.folder:
+            runs.replace(self.folder, self._place)
+            self._place = self.folder
         self._saved = self.step
+
+    def _save_model(self, folder: Path, about: dict[str, Any]) -> None:
+        with self.told():
+            runs.save_model(folder, self.model.config, self.model.tokenizer, dict(self.model.params), about)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """What cannot be written is an error that tells what was."""
+        try:
+            yield
+        except RunError as error:
+            raise RunError(f"{error}{self.kept()}") from None
 
     def log_texts(self) -> None:
         """Append to samples.jsonl the texts that are not there yet."""
-        if self.texts and self.folder is not None:
+        if self.texts and self._place is not None:
             rows = [{"step": step, "samples": texts} for step, texts in self.texts.items()]
-            runs.append_rows(self.folder / runs.SAMPLES_LOG, rows)
+            runs.append_rows(self._place / runs.SAMPLES_LOG, rows)
         self.texts = {}
+
+    def kept(self, advice: str = "") -> str:
+        """What an error may end with: the state that the folder keeps, if it has one."""
+        if self._saved is None:
+            return ""
+        return f" {self.folder} keeps the state after step {self._saved:,}" + (
+            f": {advice}" if advice else "."
+        )
+
+    def end(self) -> None:
+        """Leave nothing that is not saved beside an older run."""
+        if self._place is not None and self._place != self.folder:
+            runs.abandon(self._place)
 
     def _state(self) -> dict[str, np.ndarray]:
         """What state.safetensors holds."""

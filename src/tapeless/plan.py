@@ -87,15 +87,9 @@ def _finetuning(
 ) -> tuple[Preset, dict[str, Any]]:
     """The checkpoint as a preset, and the settings that are left to change in it."""
     model = checkpoint.config
+    settings = _with_window(settings, model, checkpoint.path)
     architecture = {name: value for name, value in settings.items() if home(name) is GPTConfig}
     training = {name: value for name, value in settings.items() if name not in architecture}
-    if (block := architecture.pop("block_size", None)) is not None:
-        if whole("block_size", block, 1, 2**40) > model.block_size:
-            raise ConfigError(
-                f"block_size must be at most {model.block_size}, the context of {checkpoint.path}, "
-                f"not {block}."
-            )
-        training.setdefault("window", block)
     wanted = model
     if preset is not None:
         wanted = preset.model.replace(**{name: getattr(model, name) for name in FREE})
@@ -108,6 +102,18 @@ def _finetuning(
     lines = isinstance(tokenizer, CharTokenizer) and tokenizer.bos is not None
     defaults = dataclasses.replace(FINETUNING, order="shuffle" if lines else FINETUNING.order)
     return Preset(str(checkpoint.path), model, defaults, SAVED), training
+
+
+def _with_window(settings: dict[str, Any], model: GPTConfig, source: str | Path) -> dict[str, Any]:
+    """The settings with `block_size` as the length of what a model from elsewhere is trained on."""
+    settings = dict(settings)
+    if (block := settings.pop("block_size", None)) is not None:
+        if whole("block_size", block, 1, 2**40) > model.block_size:
+            raise ConfigError(
+                f"block_size must be at most {model.block_size}, the context of {source}, not {block}."
+            )
+        settings.setdefault("window", block)
+    return settings
 
 
 def resumed(
@@ -156,6 +162,8 @@ def resumed(
     for what, was, now in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
         if now is not None and now != was:
             raise RunError(f"{folder} was started with {what} {was}, not {now}.")
+    if plan.pretrained is not None:
+        settings = _with_window(settings, config, folder)
     plan = plan._replace(preset=plan.preset.with_settings(settings))
     if difference := _difference(config, plan.preset.model):
         raise RunError(f"{folder} has another model: {difference}. Resume without changing it.")
@@ -247,6 +255,7 @@ def _read(plan: Plan) -> Data:
         lines=training.of_documents,
         val_fraction=training.val_fraction,
         usual_vocab=chosen.model.vocab_size,
+        owner=plan.folder or plan.pretrained or "the model",
     )
 
 

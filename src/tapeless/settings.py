@@ -149,15 +149,22 @@ def parse_setting(name: str, text: str) -> Any:
     return text
 
 
-TABLES = {"model": GPTConfig, "training": Training}
+TABLES = ("model", "training")
+
+
+def _table(name: str) -> str:
+    """Where a setting stands in a TOML file. Raises `ConfigError` for an unknown name."""
+    return "training" if name == "seed" or home(name) is Training else "model"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, at its top or in the tables [model] and [training].
+    """The settings of a TOML file, at its top or in the tables [model] and [training]; with them `seed`.
 
     Raises `ConfigError` if it cannot be read, or has a name that is no setting, or not of its table.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # some never end
+            raise ConfigError(f"{path} is no regular file; expected TOML.")
         with open(path, "rb") as file:
             content = tomllib.load(file)
     except FileNotFoundError:
@@ -172,15 +179,14 @@ def read_toml(path: Path) -> dict[str, Any]:
             if key not in TABLES:
                 if isinstance(value, dict):
                     raise ConfigError(f"no table is called [{key}]; expected [model] or [training].")
-                home(key)
+                _table(key)
                 settings[key] = value
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{key} must be a table of settings: [{key}].")
             for name, setting in value.items():
-                if home(name) is not TABLES[key]:
-                    other = next(table for table in TABLES if table != key)
-                    raise ConfigError(f"{name} is a setting of [{other}], not of [{key}].")
+                if _table(name) != key:
+                    raise ConfigError(f"{name} is a setting of [{_table(name)}], not of [{key}].")
                 if name in settings:
                     raise ConfigError(f"{name} is there twice.")
                 settings[name] = setting

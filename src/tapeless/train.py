@@ -20,7 +20,7 @@ import numpy as np
 
 from tapeless import plan
 from tapeless.config import whole
-from tapeless.errors import ConfigError
+from tapeless.errors import ConfigError, DataError
 from tapeless.generate import listed
 from tapeless.init import MAX_SEED
 from tapeless.io import runs
@@ -168,13 +168,15 @@ def _run(job: Job, progress: Progress) -> Run:
     _compile(job, progress)
     # A step that overflows is found by looking at its results; NumPy need not warn as well.
     with _stop_on_interrupt(progress) as stop, np.errstate(all="ignore"):
-        # Only now that nothing else can go wrong is a run that stands there replaced.
-        job.begin()
         progress.begin(job.step, t.steps)
         try:
             _loop(job, progress, stop)
+        except DataError as error:  # it may be mended, and what was done until then is good
+            job.save()
+            raise DataError(f"{error}{job.kept('go on with --resume when that is mended.')}") from None
         finally:
             progress.finish()
+            job.end()
     interrupted = stop.asked and job.step < t.steps
     losses = np.concatenate(job.losses) if job.losses else np.empty(0)
     run = Run(job.model, losses, [], job.folder, job.step, job.val_losses, job.best[1] or None)
@@ -183,8 +185,9 @@ def _run(job: Job, progress: Progress) -> Run:
     if t.samples:
         run.samples = job.generate(t.samples)
         if job.folder is not None:
-            runs.write_text(job.folder / runs.SAMPLES, "".join(listed(run.samples)))
-            job.log_texts()
+            with job.told():
+                runs.write_text(job.folder / runs.SAMPLES, "".join(listed(run.samples)))
+                job.log_texts()
     return run
 
 
@@ -206,8 +209,11 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
     meter = Meter(engine, engine.team(t.batch_size))
     tell_speed = getattr(progress, "speed", Silent().speed)
     job.keep()
+    job.try_data()
     if t.eval_every and job.step == 0:
         _evaluate(job, progress, stop)
+    # Only now that nothing else can go wrong is a run begun in the folder.
+    job.begin()
     chunk, saved = 1, time.monotonic()
     pause = max(SAVE_SECONDS, job.nbytes / DISK / SAVE_SHARE)
     while job.step < t.steps and not stop.asked:

@@ -74,7 +74,7 @@ def tokenize(
         f"{done.bytes:,} bytes of text, {done.bytes / tokens:.2f} a token, vocabulary {vocab:,}; "
         f"{seconds:,.1f} s, {done.bytes / seconds / 1e6:,.1f} MB/s."
     )
-    say(f"Train with: tapeless train {quoted(out)}")
+    say(f"Train with: tapeless train {quoted(done.source)}")
 
 
 class _Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,7 +116,7 @@ def train(
 
     Without arguments: microgpt on the built-in names.
     """
-    from tapeless.errors import RunError
+    from tapeless.errors import ConfigError, RunError
     from tapeless.generate import listed
     from tapeless.io import runs
     from tapeless.presets import get_preset
@@ -124,13 +125,16 @@ def train(
     from tapeless.train import train as train_model
 
     options = {
-        "block_size": block_size, "total_batch_tokens": total_batch_tokens, "order": order,
+        "steps": steps, "batch_size": batch_size, "block_size": block_size, "lr": lr, "samples": samples,
+        "total_batch_tokens": total_batch_tokens, "order": order, "temperature": temperature,
         "eval_every": eval_every, "sample_every": sample_every,
-        "precision": precision, "recompute": recompute,
+        "precision": precision, "recompute": recompute, "seed": seed,
     }  # fmt: skip
-    settings = {} if config is None else read_toml(config)
-    settings |= parse_settings(set_)
-    settings |= {name: value for name, value in options.items() if value is not None}
+    settings = parse_settings(set_) | {name: value for name, value in options.items() if value is not None}
+    of_file = {} if config is None else read_toml(config)
+    of_file = {name: value for name, value in of_file.items() if name not in settings}
+    settings |= of_file
+    seed = settings.pop("seed", None)
     name = preset or ("microgpt" if pretrained is None else "gpt2")
     if pretrained == "":
         pretrained = name
@@ -142,10 +146,15 @@ def train(
         out = existing[max(existing)] if resume else runs.next_run(name)
     try:
         run = train_model(
-            data, preset, steps=steps, batch_size=batch_size, lr=lr, seed=seed, engine=engine, dtype=dtype,
-            threads=threads, out=out, samples=samples, temperature=temperature, set=settings, val=val,
-            pretrained=pretrained, log_every=log_every, resume=resume, overwrite=overwrite,
+            data, preset, seed=seed, engine=engine, dtype=dtype, threads=threads, out=out, set=settings,
+            val=val, pretrained=pretrained, log_every=log_every, resume=resume, overwrite=overwrite,
         )  # fmt: skip
+    except ConfigError as error:
+        # A message about a setting begins with its name.
+        named = re.match(r"\w*", str(error))
+        if named and named[0] in of_file:
+            raise ConfigError(f"{config}: {error}") from None
+        raise
     except Interrupted as stopped:
         say(
             f"Stopped after step {stopped.run.steps:,}; saved. "

@@ -30,8 +30,8 @@ def read_documents(source: str | Path, *, whole: bool = False) -> list[str]:
     else:
         path = Path(source)
         try:
-            if path.is_char_device():  # some never end
-                raise DataError(f"{source} is a device; expected a text file, one document a line.")
+            if path.exists() and not (path.is_file() or path.is_dir()):  # some never end
+                raise DataError(f"{source} is no regular file; expected a text file, one document a line.")
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             built_in = ", ".join(BUILT_IN)

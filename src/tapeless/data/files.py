@@ -36,14 +36,15 @@ def is_tokens(source: str | Path) -> bool:
     return path.is_dir() or bool(_globbed(path)) or bool(_sets_called(path))
 
 
-def find_tokens(source: str | Path) -> TokenFiles:
-    """The token files that `source` means.
+def find_tokens(source: str | Path, paired: bool = True) -> TokenFiles:
+    """The token files that `source` means; if not `paired`, what to validate on is known otherwise, and
+    only looked for beside what to train on.
 
     A file: that one to train on; for NAME_train.bin also NAME_val.bin beside it. A glob: the files it
     matches, those named *_val* to validate on; where it matches none of them, those beside the others.
-    A folder: the pairs NAME_train.bin, NAME_val.bin (or NAME_train_000001.bin …) anywhere below it;
-    where there are none, the token files in it. FOLDER/NAME: of several pairs below a folder, the ones
-    of that name.
+    A folder: the pairs NAME_train.bin, NAME_val.bin (or NAME_train_000001.bin …) anywhere below it,
+    beside each other or not; where there are none, the token files in it. FOLDER/NAME: of several pairs
+    below a folder, the ones of that name.
 
     Raises `DataError` if there is nothing of that kind, or more than one data set.
     """
@@ -51,14 +52,14 @@ def find_tokens(source: str | Path) -> TokenFiles:
     if path.is_file():
         return TokenFiles(path.stem, [path], _beside([path]))
     if path.is_dir():
-        return _only(_sets(path), path) or _unnamed(path)
+        return _only(_sets(path), path, paired) or _unnamed(path)
     if matched := _globbed(path):
         val = [p for p in matched if _split(p) == "val"]
         train = [p for p in matched if p not in set(val)]
         if not train:
             raise DataError(f"{source} only matches files to validate on: {_listed(val)}.")
         return TokenFiles(path.name, train, val or _beside(train))
-    if found := _only(_sets_called(path), path):
+    if found := _only(_sets_called(path), path, paired):
         return found
     raise DataError(
         f"no token files {str(source)!r}. Give a .bin file, a folder or glob of them, or FOLDER/NAME for "
@@ -94,16 +95,16 @@ def _files(folder: Path, name: str | None, split: str) -> list[Path]:
     return [p for _, p in found]
 
 
-def _sets(folder: Path, name: str | None = None) -> list[Set]:
-    """The data sets below a folder, hidden folders left out; only those called `name`, if given."""
+def _sets(folder: Path, split: str = "train") -> list[Set]:
+    """The data sets below a folder, hidden folders left out, that have files for this."""
     found: list[Set] = []
     seen: set[str] = set()  # links may lead in circles
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
         if real not in seen:
-            names = {m["name"] for f in files if (m := NAME.fullmatch(f)) and m["split"] == "train"}
-            found += [(Path(parent), each) for each in sorted(names, key=str) if name in (None, each)]
+            names = {m["name"] for f in files if (m := NAME.fullmatch(f)) and m["split"] == split}
+            found += [(Path(parent), each) for each in sorted(names, key=str)]
         seen.add(real)
     return found
 
@@ -113,21 +114,36 @@ def _sets_called(path: Path) -> list[Set]:
     # A word alone is none: what lies below the present folder may be anything, and a lot.
     if path.suffix or path.parent == Path() or path.exists() or not path.parent.is_dir():
         return []
-    return _sets(path.parent, path.name)
+    return [each for each in _sets(path.parent) if each[1] == path.name]
 
 
-def _only(sets: list[Set], source: Path) -> TokenFiles | None:
+def _only(sets: list[Set], source: Path, paired: bool) -> TokenFiles | None:
     if not sets:
         return None
+    root = source if source.is_dir() else source.parent
+    names = [name for _, name in sets]
+    held = _sets(root, "val")
     if len(sets) > 1:
-        names = {name for _, name in sets}
-        of_that_name = f" called {source.name}" if names == {source.name} else ""
-        ways = [
-            folder if len(_sets(folder)) == 1 else folder / (name or "train.bin") for folder, name in sets
-        ]
+        of_that_name = f" called {source.name}" if set(names) == {source.name} else ""
+        ways = []
+        for folder, name in sets:
+            apart = (folder, name) not in held and any(name == each for _, each in held)
+            if name and apart and names.count(name) == 1:
+                ways.append(root / name)
+            else:
+                ways.append(folder if len(_sets(folder)) == 1 else folder / (name or "train.bin"))
         raise DataError(f"{source} means {len(sets)} data sets{of_that_name}. Choose one: {_listed(ways)}.")
     [(folder, name)] = sets
-    return TokenFiles(name or folder.name, _files(folder, name, "train"), _files(folder, name, "val"))
+    train, val = _files(folder, name, "train"), _files(folder, name, "val")
+    if paired and not val:
+        elsewhere = [_files(other, each, "val") for other, each in held if each == name]
+        if len(elsewhere) > 1:
+            raise DataError(
+                f"{root} has several sets to validate on that go with {train[0]}: "
+                f"{_listed(files[0] for files in elsewhere)}. Choose one, as --val when training."
+            )
+        val = elsewhere[0] if elsewhere else []
+    return TokenFiles(name or folder.name, train, val)
 
 
 def _unnamed(folder: Path) -> TokenFiles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,30 +51,34 @@ def open_data(
     lines: bool,
     val_fraction: float,
     usual_vocab: int | None = None,
+    owner: str | Path = "the model",
 ) -> Data:
     """Open the data at `source`, and at `val` what to validate on. Without that it is NAME_val.bin for
     NAME_train.bin, or `val_fraction` of a text.
 
-    `tokenizer` is one, or the kind of one (see `make_tokenizer`), or None if it is not known; token
-    files may have theirs beside them. `vocab_size` must be theirs, if it is given; where nobody knows
-    their tokenizer it is `usual_vocab`. `lines`: each line of a text is a document; what of it is
-    longer than `longest` tokens is cut off.
+    `tokenizer` is one, `owner`'s, or the kind of one (see `make_tokenizer`), or None if it is not known;
+    token files may have theirs beside them, which must be the same. `vocab_size` must be theirs, if it
+    is given; where nobody knows their tokenizer it is `usual_vocab`. `lines`: each line of a text is a
+    document; what of it is longer than `longest` tokens is cut off.
 
     Raises `DataError` for what cannot be read, `ConfigError` for vocabularies that differ.
     """
     if are_tokens(source):
-        found = find_tokens(source)
+        found = find_tokens(source, paired=val is None)
+        if val is not None:
+            found = found._replace(val=[])
         if tokenizer is None or isinstance(tokenizer, str):
             path = find_tokenizer(found.train[0].parent)
-            tokenizer = read_tokenizer(path) if path else None
+            tokenizer, owner = (read_tokenizer(path), path) if path else (None, owner)
         vocab_size = _vocabulary(source, tokenizer, vocab_size) or usual_vocab
         if vocab_size is None:
             raise ConfigError(
                 f"{found.train[0].parent} has no tokenizer, so the vocabulary is not known: set its size, "
                 "e.g. vocab_size=50257 for GPT-2's tokens."
             )
+        check_tokenizer(found.train + found.val, tokenizer, vocab_size, owner)
         train: Tokens = Shards(found.train, vocab_size)
-        held: Tokens | None = Shards(found.val, vocab_size) if found.val and val is None else None
+        held: Tokens | None = Shards(found.val, vocab_size) if found.val else None
         if val is None and held is None and val_fraction:
             raise DataError(
                 f"{source} has no NAME_val.bin, and of token files no part is held out: give what to "
@@ -98,7 +103,7 @@ def open_data(
         train = Corpus.from_documents(documents, tokenizer, longest)
         held = Corpus.from_documents(rest, tokenizer, longest) if rest else None
     if val is not None:
-        held = _open_val(val, tokenizer, vocab_size, longest, lines)
+        held = _open_val(val, tokenizer, vocab_size, longest, lines, owner)
     return Data(train, held, tokenizer, vocab_size, lines)
 
 
@@ -113,12 +118,41 @@ def _vocabulary(source: str | Path, tokenizer: Tokenizer | None, vocab_size: int
     return tokenizer.vocab_size
 
 
+def check_tokenizer(
+    files: Iterable[Path], tokenizer: Tokenizer | None, vocab_size: int, owner: str | Path
+) -> None:
+    """Raise `ConfigError` if token files lie beside another tokenizer than `owner`'s. What counts is what
+    each token stands for: the same tokenizer may lie in files of another kind."""
+    for folder in dict.fromkeys(file.parent for file in files):
+        if (path := find_tokenizer(folder)) is None:
+            continue
+        theirs = read_tokenizer(path)
+        if theirs.vocab_size != vocab_size or (
+            tokenizer is not None and theirs.token_bytes() != tokenizer.token_bytes()
+        ):
+            raise ConfigError(
+                f"{path}, beside the tokens, is another tokenizer ({theirs.vocab_size:,} tokens) than that "
+                f"of {owner} ({vocab_size:,} tokens): tokenize the text with that one."
+            )
+
+
+def held_files(source: str | Path) -> list[Path]:
+    """Of token files at `source` those to validate on: of a pair its second, else all."""
+    found = find_tokens(source)
+    return [Path(source)] if Path(source).is_file() else found.val or found.train
+
+
 def _open_val(
-    source: str | Path, tokenizer: Tokenizer | None, vocab_size: int, longest: int, lines: bool
+    source: str | Path,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    longest: int,
+    lines: bool,
+    owner: str | Path,
 ) -> Tokens:
     if are_tokens(source):
-        found = find_tokens(source)
-        return Shards([Path(source)] if Path(source).is_file() else found.val or found.train, vocab_size)
+        check_tokenizer(files := held_files(source), tokenizer, vocab_size, owner)
+        return Shards(files, vocab_size)
     if tokenizer is None:
         raise DataError(f"no tokenizer is known to read {source} with: give token files.")
     documents = read_documents(source, whole=not lines)

@@ -49,16 +49,17 @@ class Texts:
     def blocks(self, told: Told = lambda _: None) -> Iterator[Block]:
         """All of the text in turn. With `lines`, blocks are whole lines.
 
-        Raises `DataError` for what is not text, or a line that is too long to be a document.
+        Raises `DataError` for what is not text, a file whose size has changed, or a line that is too long
+        to be a document.
         """
         cut = self.cut
         for path, size in zip(self.paths, self.sizes, strict=True):
-            yield from self._blocks(path, cut, told)
+            yield from self._blocks(path, size, cut, told)
             cut -= size
 
-    def _blocks(self, path: Path, cut: int, told: Told) -> Iterator[Block]:
+    def _blocks(self, path: Path, size: int, cut: int, told: Told) -> Iterator[Block]:
         rest, opens, held_out = "", True, False
-        for more, beyond in _decoded(path, cut, told):
+        for more, beyond in _decoded(path, size, cut, told):
             text = more
             if beyond and not held_out:
                 unfinished = self.lines and rest and not rest.endswith("\n")
@@ -114,14 +115,17 @@ def pieces(text: str, length: int = 4096) -> Iterator[str]:
     yield text[at:]
 
 
-def _decoded(path: Path, cut: int, told: Told) -> Iterator[tuple[str, bool]]:
-    """The text of a file, and whether it lies beyond byte `cut`."""
+def _decoded(path: Path, size: int, cut: int, told: Told) -> Iterator[tuple[str, bool]]:
+    """The text of a file of `size` bytes, and whether it lies beyond byte `cut`."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     at, beyond = 0, False
     try:
         with open(path, "rb") as file:
             while True:
                 raw = file.read(min(BLOCK, cut - at) if at < cut else BLOCK)
+                if at + len(raw) > size or (not raw and at < size):
+                    longer = "longer" if raw else "shorter"
+                    raise DataError(f"{path} has become {longer} than the {size:,} bytes it began with.")
                 beyond = at >= cut if raw else beyond  # what was begun before belongs to that
                 try:
                     text = decoder.decode(raw, final=not raw)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,10 +14,10 @@ import numpy as np
 
 from tapeless.config import number, whole
 from tapeless.data.bpe import LEAST, fetch_gpt2, train_bpe
-from tapeless.data.files import NAME
-from tapeless.data.shards import MOST, ShardWriter
+from tapeless.data.files import NAME, find_tokens
+from tapeless.data.shards import MOST, OTHERS, ShardWriter, magic_number
 from tapeless.data.texts import BLOCK, Texts
-from tapeless.data.tokenizers import CharTokenizer, Tokenizer, read_tokenizer
+from tapeless.data.tokenizers import CharTokenizer, Tokenizer, find_tokenizer, read_tokenizer
 from tapeless.data.workers import documents, encoded, trained
 from tapeless.errors import DataError
 from tapeless.team import processors
@@ -45,6 +45,7 @@ class Written(NamedTuple):
 
 class Tokenized(NamedTuple):
     shards: list[Written]
+    source: Path  # what means these shards, and no others: a folder, FOLDER/NAME, a shard or a glob
     tokenizer: Tokenizer
     bytes: int  # of text
 
@@ -86,7 +87,7 @@ def tokenize(
     _refuse(out, name, overwrite)
     try:
         used = _tokenizer(tokenizer, train_bpe, source, lines, progress)
-        _refuse_tokenizer(out, used, overwrite)
+        _refuse_tokenizer(out, name, used, overwrite)
         likely = min(processors(), source.size // WORTHWHILE) if processes is None else processes
         processes = max(1, min(likely, source.size // BLOCK))
         with _aside(out, name) as part:
@@ -105,7 +106,7 @@ def tokenize(
             shards = _publish(part, out, name, counts)
     finally:
         progress.finish()
-    return Tokenized(shards, used, source.size)
+    return Tokenized(shards, _source(out, name, shards), used, source.size)
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -134,10 +135,16 @@ def _tokenizer(
     return read_tokenizer(path)
 
 
-def _refuse_tokenizer(out: Path, tokenizer: Tokenizer, overwrite: bool) -> None:
-    """Shards that stand in the folder may depend on its tokenizer."""
-    there = out / TOKENIZER
-    if not overwrite and there.exists() and read_tokenizer(there).to_dict() != tokenizer.to_dict():
+def _refuse_tokenizer(out: Path, name: str, tokenizer: Tokenizer, overwrite: bool) -> None:
+    """Shards that stay in the folder depend on its tokenizer."""
+    others = [p for p in sorted(out.glob("*.bin")) if magic_number(p) not in OTHERS]
+    others = [p for p in others if p not in _existing(out, name)]
+    there = find_tokenizer(out)
+    if there is None or (overwrite and not others):
+        return
+    if read_tokenizer(there).token_bytes() != tokenizer.token_bytes():
+        if others:
+            raise DataError(f"{there} is another tokenizer, which {others[0]} needs: choose another folder.")
         raise DataError(f"{there} is another tokenizer: choose another folder, or --overwrite.")
 
 
@@ -230,3 +237,12 @@ def _publish(part: Path, out: Path, name: str, counts: list[Any]) -> list[Writte
         if path not in new:
             path.unlink()
     return written
+
+
+def _source(out: Path, name: str, shards: list[Written]) -> Path:
+    train = [shard.path for shard in shards if not shard.held_out]
+    for source in (out, out / name):
+        with suppress(DataError):  # it means several sets, or nothing
+            if find_tokens(source).train == train:
+                return source
+    return train[0] if len(train) == 1 else out / f"{name}_train_*.bin"

@@ -11,7 +11,8 @@ best/                the model that was best in validation, as a folder of its o
 
 Every file is written aside (in `.NAME.part/`), flushed to disk and renamed, so a killed process leaves
 the old file or the new one. But what ends in `.jsonl` only grows, by whole lines; a last line without
-its end is ignored.
+its end is ignored. A run that takes the place of another one is written aside as a whole, until it has
+been saved once: see `claim`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES, SAMPLES_LOG = FILES = (
     "samples.jsonl",
 )
 BEST = "best"
+EVERYTHING = (*FILES, *(f"{BEST}/{name}" for name in (CONFIG, TOKENIZER, MODEL)))
+NEW = ".new"  # the folder of a run that is complete, and moves into the place of the one above it
 
 
 # ---------------------------------------------------------------- writing
@@ -205,6 +208,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
     """The model's config, and all of config.json."""
     if not folder.is_dir():
         raise RunError(f"no run folder {str(folder)!r}.")
+    settle(folder)
     path = folder / CONFIG
     content = read_json(path)
     try:
@@ -289,7 +293,8 @@ def refuse(folder: Path, overwrite: bool) -> None:
     there = _existing(folder)
     if not there.is_dir():
         raise RunError(f"{there} is a file; expected a folder for the run.")
-    if not any((folder / name).exists() for name in (*FILES, f"{BEST}/{CONFIG}")):
+    settle(folder)
+    if not _holds_a_run(folder):
         return
     if not overwrite:
         raise RunError(f"{folder} already holds a run: go on with --resume, or replace it with --overwrite.")
@@ -306,23 +311,59 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def claim(folder: Path, overwrite: bool) -> None:
-    """Make `folder` this process's own to write a new run into, removing the run it may hold.
+def _holds_a_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in EVERYTHING)
+
+
+def claim(folder: Path, overwrite: bool) -> Path:
+    """Make `folder` this process's own to write a new run into. Returns where to write it: that folder,
+    or if it holds a run one aside, until `replace` is called: so long the old run stays.
 
     Raises `RunError` where `refuse` does, also if another process claimed it meanwhile.
     """
     refuse(folder, overwrite)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    remove(folder / name for name in FILES)
-    remove(folder / BEST / name for name in (CONFIG, TOKENIZER, MODEL))
-    with suppress(OSError):  # it is not there, or holds something else
-        (folder / BEST).rmdir()
-    with writing(folder / METRICS):
+    place = folder
+    if overwrite and _holds_a_run(folder):
+        place = folder / f"{NEW}.part"
+        abandon(place)  # by a killed process
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+    with writing(place / METRICS):
         try:
-            open(folder / METRICS, "x").close()
+            open(place / METRICS, "x").close()
         except FileExistsError:
             raise RunError(f"another process has just begun a run in {folder}.") from None
+    return place
+
+
+def abandon(aside: Path) -> None:
+    """Remove a run that was begun aside."""
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace(folder: Path, aside: Path) -> None:
+    """Let the run that lies complete `aside` take the place of the one in `folder`."""
+    with writing(folder / NEW):
+        os.replace(aside, folder / NEW)  # from here on the new run is the one there is
+    settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Move a new run to its place. If the process that began to is killed, the next one that asks for
+    the run goes on where it stopped."""
+    new = folder / NEW
+    if not new.is_dir():
+        return
+    if (new / CONFIG).exists():  # it moves first: as long as it is here, what lies there is old
+        remove(folder / name for name in EVERYTHING if name != CONFIG)
+        with suppress(OSError):  # it is not there, or holds something else
+            (folder / BEST).rmdir()
+    for name in EVERYTHING:
+        if (new / name).exists():
+            with writing(folder / name):
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(new / name, folder / name)
+    abandon(new)
 
 
 def check_room(folder: Path, nbytes: int) -> None:
