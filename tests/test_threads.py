@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import threading
+import time
 from functools import partial
 from queue import SimpleQueue
 
@@ -414,6 +415,33 @@ print(len(done))
 
 def test_an_interrupt_waits_until_all_are_done(child):
     assert child(INTERRUPTED).splitlines() == ["interrupted after 2", "4"]
+
+
+def test_an_interrupt_as_they_begin_waits_too(monkeypatch):
+    """A signal that comes while the work is handed over is heard right after that."""
+
+    class Interrupted(SimpleQueue):
+        def put(self, item):
+            super().put(item)
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+
+    class Worker(team._Worker):
+        def __init__(self):
+            threading.Thread.__init__(self, daemon=True)
+            self.tasks = Interrupted()
+            self.start()
+
+    def task():
+        time.sleep(0.2)
+        ended.append(1)
+
+    ended = []
+    monkeypatch.setattr(team, "_take_workers", lambda count: [Worker() for _ in range(count)])
+    monkeypatch.setattr(team, "_idle", [])
+    with pytest.raises(KeyboardInterrupt):
+        team.run_together([task, task])
+    assert len(ended) == 2
 
 
 def test_a_task_that_fails_is_heard_of():

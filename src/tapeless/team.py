@@ -90,7 +90,10 @@ def run_together(tasks: Sequence[Callable[[], object]]) -> None:
         tasks[0]()
 
     failure: BaseException | None = None
-    workers[0].tasks.put((begin, done))
+    try:
+        workers[0].tasks.put((begin, done))
+    except KeyboardInterrupt as caught:  # which comes after a call, not in place of it: they have begun
+        failure = caught
     while True:
         try:
             while len(done.finished) < len(tasks):

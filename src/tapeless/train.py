@@ -212,6 +212,8 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
     job.try_data()
     if t.eval_every and job.step == 0:
         _evaluate(job, progress, stop)
+    if stop.asked and not job.resumed:
+        raise KeyboardInterrupt  # there is nothing yet that would be worth a folder, or another run's place
     # Only now that nothing else can go wrong is a run begun in the folder.
     job.begin()
     chunk, saved = 1, time.monotonic()
