@@ -474,6 +474,15 @@ def test_ctrl_c(long):
     assert gone(workers)
 
 
+def killing_one_ends_it(process, workers, folder):
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "error: a process that tokenizes has died" in errors
+    assert "Traceback" not in errors
+    assert {p.name for p in folder.iterdir()} == {"long.txt"}
+
+
 def training_bpe(long):
     """The command while it reads the text to make a tokenizer, and the process that does it."""
     process = popen("long.txt", "--train-bpe", "1000", "--out", "data", cwd=long)
@@ -499,12 +508,7 @@ def test_ctrl_c_while_a_bpe_is_trained(long):
 @needs_proc
 def test_a_process_that_dies_while_a_bpe_is_trained(long):
     process, workers = training_bpe(long)
-    os.kill(workers[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "error: a process that tokenizes has died" in errors
-    assert "Traceback" not in errors
-    assert {p.name for p in long.iterdir()} == {"long.txt"}
+    killing_one_ends_it(process, workers, long)
 
 
 @needs_proc
@@ -526,12 +530,7 @@ def test_a_text_that_changes_meanwhile(change, tmp_path):
 @needs_proc
 def test_a_process_that_dies(long):
     process, workers = started(long)
-    os.kill(workers[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 2
-    assert "error: a process that tokenizes has died" in errors
-    assert "Traceback" not in errors
-    assert {p.name for p in long.iterdir()} == {"long.txt"}
+    killing_one_ends_it(process, workers, long)
     assert gone(workers)
 
 

@@ -184,9 +184,8 @@ def decoding(config: GPTConfig) -> tuple[Tensor, ...]:
     in place of attention's probabilities, every layer's keys and values so far."""
     c = config
     cache_ = Tensor("cache", (c.n_layer, c.block_size, 2, c.n_head, c.head_dim))
-    rows = {"logits": 1}
     return tuple(
-        cache_ if t.name == "probs" else t.of_rows(rows.get(t.name, piece(c)))
+        cache_ if t.name == "probs" else t.of_rows(1 if t.name == "logits" else piece(c))
         for t in activations(c.replace(recompute=True))
     )
 

@@ -34,15 +34,15 @@ class Schedule(NamedTuple):
     backward: Callable[..., Any]  # (p, g, a, d, batch): adds to g
 
 
-def make_schedule(config: GPTConfig, ops: Any, inline: Callable[..., Any] = lambda f: f) -> Schedule:
-    """The passes over an engine's ops; `inline` makes a function one that others may call."""
-    layer = inline(make_layer(config, ops))
+def make_schedule(config: GPTConfig, ops: Any, wrap: Callable[..., Any] = lambda f: f) -> Schedule:
+    """The passes over an engine's ops; `wrap` makes a function one that compiled ones may call."""
+    layer = wrap(make_layer(config, ops))
     brief = config.replace(recompute=True)
-    decode_layer = inline(make_layer(brief, ops, decoding=True))
+    decode_layer = wrap(make_layer(brief, ops, decoding=True))
     return Schedule(
-        forward=inline(make_forward(config, ops, layer)),
-        decode=inline(make_forward(brief, ops, decode_layer, decoding=True)),
-        backward=inline(make_backward(config, ops, layer)),
+        forward=wrap(make_forward(config, ops, layer)),
+        decode=wrap(make_forward(brief, ops, decode_layer, decoding=True)),
+        backward=wrap(make_backward(config, ops, layer)),
     )
 
 
