@@ -21,7 +21,6 @@ import numba
 import numpy as np
 
 from tapeless.bench import about
-from tapeless.ops.cpu import native
 from tapeless.ops.cpu.peak import peak_gflops
 from tapeless.ops.cpu.product import make_product, matmul
 
@@ -32,8 +31,7 @@ SHAKESPEARE = [(768, 128, 384), (768, 128, 512), (768, 512, 128), (768, 128, 65)
 LARGE = [(256, 768, 2304), (256, 768, 3072), (256, 3072, 768), (256, 768, 50304)]
 LARGE += [(size,) * 3 for size in (256, 512, 1024, 2048)]
 
-native.link_routines()
-product = make_product()
+product = make_product("float32")
 
 
 @numba.njit
