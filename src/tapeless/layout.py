@@ -179,13 +179,13 @@ def activation_grads(config: GPTConfig) -> tuple[Tensor, ...]:
 
 
 @cache
-def decoding(config: GPTConfig) -> tuple[Tensor, ...]:
-    """What generating needs: the present layer's activations of up to PIECE tokens, the logits of one and,
-    in place of attention's probabilities, every layer's keys and values so far."""
-    c = config
+def decoding(config: GPTConfig, rows: int | None = None) -> tuple[Tensor, ...]:
+    """What generating needs: the present layer's activations of up to `rows` tokens (a piece of a prompt),
+    the logits of one and, in place of attention's probabilities, every layer's keys and values so far."""
+    c, rows = config, piece(config) if rows is None else rows
     cache_ = Tensor("cache", (c.n_layer, c.block_size, 2, c.n_head, c.head_dim))
     return tuple(
-        cache_ if t.name == "probs" else t.of_rows(1 if t.name == "logits" else piece(c))
+        cache_ if t.name == "probs" else t.of_rows(1 if t.name == "logits" else rows)
         for t in activations(c.replace(recompute=True))
     )
 

@@ -1,0 +1,1 @@
+"""Models as C programs for microcontrollers, this machine and the browser: `tapeless export`."""

@@ -1,0 +1,98 @@
+"""The folder that an export writes: a C program, with what a toolchain needs around it.
+
+The files beside this one are its parts: c/ in every export, host/ the program for this machine, and one
+folder for each kind of project. What ends in `.jinja` is filled in.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tapeless.errors import RunError
+from tapeless.export.program import comment, number
+from tapeless.io import runs
+
+
+class Kind(NamedTuple):
+    """A kind of project: what it is called, and where its parts lie."""
+
+    name: str
+    own: str | None  # the folder of its own parts, beside this file
+    sources: str  # where in the project the C files lie
+    host: str | None  # and the program for this machine
+
+
+KINDS = {
+    "c": Kind("a C program", None, ".", "."),
+    "esp-idf": Kind("an ESP-IDF project", "esp_idf", "main", "host"),
+    "arduino": Kind("an Arduino sketch", "arduino", ".", "host"),
+    "wasm": Kind("a web page", "wasm", ".", None),
+}
+
+
+def files(kind: Kind, about: dict[str, Any]) -> dict[str, str]:
+    """The text of every file of a project, by its path."""
+    env = Environment(
+        loader=PackageLoader("tapeless.export", ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    env.filters |= {"c": number, "comment": comment}
+    parts = [("c", kind.sources)]
+    parts += [(kind.own, ".")] if kind.own else []
+    parts += [("host", kind.host)] if kind.host else []
+    written = {}
+    for folder, target in parts:
+        sources = os.path.relpath(kind.sources, target)
+        for path, text in _texts(folder):
+            if path.suffix == ".jinja":
+                text = env.get_template(f"{folder}/{path}").render(about, sources=sources)  # noqa: PLW2901
+                path = path.with_suffix("")  # noqa: PLW2901
+            name = path.name.replace("SKETCH", about["sketch"])
+            written[str(PurePosixPath(target) / path.with_name(name))] = text
+    return written
+
+
+def _texts(folder: str) -> Iterator[tuple[PurePosixPath, str]]:
+    def walk(where: Any, path: PurePosixPath) -> Iterator[tuple[PurePosixPath, str]]:
+        for item in sorted(where.iterdir(), key=lambda item: item.name):
+            if item.is_dir():
+                yield from walk(item, path / item.name)
+            else:
+                yield path / item.name, item.read_text(encoding="utf-8")
+
+    yield from walk(resources.files("tapeless.export") / folder, PurePosixPath())
+
+
+def refuse(out: Path, overwrite: bool) -> None:
+    """Raise `RunError` if a project must not be written there."""
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file; expected a folder for the program.")
+    if out.is_dir() and not overwrite and any(out.iterdir()):
+        raise RunError(f"{out} is there already: replace its files with --overwrite, or choose another folder.")
+
+
+def write(out: Path, texts: dict[str, str]) -> None:
+    """Write the files aside, then put each in its place."""
+    folder = out.resolve()
+    aside = folder.with_name(f".{folder.name}.part")
+    with runs.writing(out):
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            for name, text in texts.items():
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                (aside / name).write_text(text, encoding="utf-8")
+            for name in texts:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(aside / name, folder / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)

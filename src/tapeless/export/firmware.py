@@ -1,0 +1,182 @@
+"""What is exported: a model, its numbers and its data, from a preset or a trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tapeless import plan
+from tapeless.config import GPTConfig, whole
+from tapeless.data.tokenizers import Numbers, Tokenizer
+from tapeless.errors import ConfigError, RunError, did_you_mean
+from tapeless.export.trace import Trace, record
+from tapeless.init import generator_name
+from tapeless.io import runs
+from tapeless.io.checkpoints import open_model, with_tokenizer
+from tapeless.job import Job
+from tapeless.model import load
+from tapeless.presets import FINETUNING, presets
+from tapeless.settings import Training
+
+MODES = ("train", "generate", "both")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is trained on: documents in the order that they are taken in, each with its BOS, those that are
+    longer than the block cut behind what still counts."""
+
+    stream: np.ndarray  # the documents, and a last BOS
+    starts: np.ndarray  # where each begins
+
+
+@dataclass(frozen=True)
+class Firmware:
+    """A model that becomes a C program. `weights` [P] in float32 are those it begins with, or None where it
+    draws them itself as training on this machine does."""
+
+    title: str
+    config: GPTConfig
+    training: Training
+    tokenizer: Tokenizer
+    seed: int
+    trains: bool
+    generates: bool
+    weights: np.ndarray | None
+    documents: Documents | None
+    random: str
+    random_state: np.ndarray | None  # of NumPy's generator, once weights and order are drawn
+    trace: Trace
+
+    @property
+    def shuffle_draws(self) -> bool:
+        """Whether the order of documents took random numbers before the weights did."""
+        return self.training.order == "shuffle" and self.random != "numpy"
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a text: chips do not go beyond the block."""
+        return min(self.training.max_tokens, self.config.block_size)
+
+
+def prepare(
+    source: str, mode: str | None, data: str | Path | None, settings: dict[str, Any], seed: int | None
+) -> Firmware:
+    """What is to be exported from `source`, a preset or a model.
+
+    A preset is trained from its beginning, on `data` (the built-in names); a model generates, and with
+    mode "train" or "both" is trained further as `train --pretrained` does it.
+
+    Raises `ConfigError` for what cannot be exported, and `RunError` or `DataError` where something cannot
+    be read.
+    """
+    if mode is not None and mode not in MODES:
+        raise ConfigError(f"mode cannot be {mode!r}.{did_you_mean(mode, MODES)}")
+    new = source in presets
+    mode = mode or ("both" if new else "generate")
+    seed = whole("seed", 42 if seed is None else seed, 0, 2**32 - 1)
+    if mode == "generate":
+        if new:
+            raise ConfigError(f"{source} is a preset: mode=generate needs a trained model. Export a run.")
+        if data is not None:
+            raise ConfigError("mode=generate reads no data: leave it out.")
+        return _generating(source, settings, seed)
+    if not new and data is None:
+        data = _data_of(source)
+    preset, pretrained = (source, None) if new else (None, source)
+    what = plan.fresh(data, None, preset, pretrained, settings, seed, "reference", "float32", None)
+    training, model = what.preset.training, what.preset.model
+    record(model.replace(vocab_size=model.vocab_size or 1), training)  # refuses what has no C version
+    if not training.of_documents:
+        raise ConfigError(f"chips train on documents, not on order={training.order}: set order=shuffle.")
+    job = plan.prepare(what, None, 1, False)
+    tokenizer = job.model.tokenizer
+    if tokenizer is None or tokenizer.bos is None:
+        raise ConfigError("chips train on documents, each behind a BOS, which this tokenizer does not have.")
+    config = _on_chip(job.model.config)
+    random = generator_name(config)
+    if training.order == "draw" and random == "numpy":
+        raise ConfigError("order=draw needs another random generator than NumPy's: set order=shuffle.")
+    drawn = new and random != "numpy"
+    return Firmware(
+        title=source if new else Path(source).name,
+        config=config,
+        training=training,
+        tokenizer=tokenizer,
+        seed=seed,
+        trains=True,
+        generates=mode == "both",
+        weights=None if drawn else _finite(job.model.engine.params, source),
+        documents=_documents(job),
+        random=random,
+        random_state=job.rng.state()["words"] if random == "numpy" else None,
+        trace=record(config, training),
+    )
+
+
+def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
+    model = load(source, "reference", dtype="float32")
+    folder = with_tokenizer(open_model(source)).folder
+    training = FINETUNING
+    if (folder / runs.CONFIG).exists() and "training" in (about := runs.read_json(folder / runs.CONFIG)):
+        training = Training(**about["training"])
+    given = {name: settings[name] for name in settings if name in ("temperature", "max_tokens", "samples")}
+    if other := sorted(settings.keys() - given.keys()):
+        raise ConfigError(f"{other[0]} changes nothing in a trained model that generates: leave it out.")
+    config = _on_chip(model.config)
+    return Firmware(
+        title=Path(source).name,
+        config=config,
+        training=dataclasses.replace(training, **given),
+        tokenizer=model.tokenizer or Numbers(config.vocab),
+        seed=seed,
+        trains=False,
+        generates=True,
+        weights=_finite(model.engine.params, source),
+        documents=None,
+        # Texts are drawn as `tapeless sample` draws them.
+        random=(random := generator_name(config)),
+        random_state=plan.generator(config, seed).state()["words"] if random == "numpy" else None,
+        trace=record(config, training),
+    )
+
+
+def _on_chip(config: GPTConfig) -> GPTConfig:
+    """How it is computed there: products of float32."""
+    return config.replace(precision="float32")
+
+
+def _data_of(source: str) -> str:
+    """What a run was trained on."""
+    path = Path(source) / runs.CONFIG
+    about = runs.read_json(path) if path.exists() else {}
+    data = about.get("data") if isinstance(about, dict) else None
+    if not isinstance(data, str):
+        raise RunError(f"{source} does not say what it was trained on: give --data.")
+    return data
+
+
+def _finite(weights: np.ndarray, source: str) -> np.ndarray:
+    if not np.isfinite(weights).all():
+        raise RunError(f"the weights of {source} are not all finite numbers: train it again.")
+    return weights
+
+
+def _documents(job: Job) -> Documents:
+    stream, longest = job.data.train.take(np.empty((0, 2), np.int64))[0], job.model.config.block_size + 1
+    spans = job.data.train.spans
+    assert spans is not None
+    if job.training.order == "shuffle":
+        steps = -(-len(spans) // job.training.batch_size)
+        spans = job.order.take(0, steps).reshape(-1, 2)[: len(spans)]
+    # A document's own end is not in its span where it was cut: it is the BOS before the next one.
+    bos = np.flatnonzero(stream == stream[0])
+    ends = bos[np.searchsorted(bos, spans[:, 0], side="right")]
+    lengths = np.minimum(ends - spans[:, 0], longest)
+    starts = np.cumsum(lengths) - lengths
+    inside = np.repeat(spans[:, 0] - starts, lengths) + np.arange(lengths.sum())
+    return Documents(np.append(stream[inside], stream[0]), starts)

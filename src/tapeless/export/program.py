@@ -1,0 +1,379 @@
+"""A model as a C program: the trace as calls on fixed places of one static buffer, and what it reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tapeless.export.firmware import Firmware
+from tapeless.export.int8 import Quantised
+from tapeless.export.lifetimes import Arena, Placed, dimension, plan
+from tapeless.export.ops import OPS
+from tapeless.export.trace import Ref
+from tapeless.init import initialise
+from tapeless.layout import Plan, n_params, parameter_plan
+
+PLACES_EVERY = 16  # documents; those between are found by walking
+C_NAMES = {
+    "linear_add_forward": "linear_forward",
+    "linear_add_backward": "linear_backward",
+    "zero": "zero",
+    "accumulate": "add",
+    "adamw": "adam",
+}
+
+
+class Memory(NamedTuple):
+    """Where everything lies in the one static buffer, in numbers of 4 bytes."""
+
+    step: Arena | None
+    decode: Arena | None
+    kept: int  # parameters, gradients and moments, which come first
+
+    @property
+    def shared(self) -> int:
+        """A step and a text never need their buffers at once."""
+        return max(arena.size for arena in (self.step, self.decode) if arena is not None)
+
+    @property
+    def size(self) -> int:
+        return self.kept + self.shared
+
+
+def memory(firmware: Firmware) -> Memory:
+    """The plan of all RAM that the model itself takes."""
+    trace, config = firmware.trace, firmware.config
+    caches = [f"c.cache[{l}]" for l in range(config.n_layer)]
+    moments = 1 if firmware.training.optimiser == "sgd" else 2
+    return Memory(
+        plan(trace.step) if firmware.trains else None,
+        plan(trace.decode, caches, ["c.logits"]) if firmware.generates else None,
+        (2 + moments) * n_params(config) if firmware.trains else 0,
+    )
+
+
+# ---------------------------------------------------------------- C
+
+
+def number(x: float) -> str:
+    """A float of C that is this float32 exactly."""
+    return f"{np.float32(x)!s}f"
+
+
+def identifier(name: str) -> str:
+    """"a.qkv[0]" as a_qkv_0; what it holds at its second time ("a.f 2") as a_f_v2."""
+    return re.sub(r"\W+", "_", name.replace(" ", "_v").replace("]", "").strip())
+
+
+def comment(text: str) -> str:
+    """Text that may stand in a comment of C or in a quoted string, whatever it was."""
+    return re.sub(r"[^\w .,:=/+-]|(?<=\*)/|/(?=\*)", "_", text, flags=re.ASCII)
+
+
+class Writer:
+    """Writes the calls of one part of the trace."""
+
+    def __init__(self, firmware: Firmware, arena: Arena, base: int, quantised: Quantised | None = None):
+        self.arena = arena
+        self.base = base
+        self._offsets = parameter_plan(firmware.config).offsets
+        self._in_ram = firmware.trains
+        self._quantised = quantised
+        self._parameters = n_params(firmware.config)
+        self.used: dict[str, tuple[str, str]] = {}  # names of parameters and gradients: place, shape
+
+    def calls(self) -> Iterator[str]:
+        for placed in self.arena.calls:
+            yield self._call(placed)
+
+    def places(self) -> list[tuple[str, str, str]]:
+        shapes = {}
+        for call, values in self.arena.calls:
+            for name, value in values.items():
+                if name != "*":
+                    shapes[value.name] = ", ".join(map(str, call.args[name].shape))
+        rows = sorted(self.arena.values, key=lambda v: v.first)
+        return [
+            (identifier(v.name), f"ram + {self.base + v.offset}", shapes.get(v.name, str(v.size))) for v in rows
+        ]
+
+    def _call(self, placed: Placed) -> str:
+        call, op = placed.call, OPS[placed.call.op]
+        words, name = op.c.split(), C_NAMES.get(call.op, call.op)
+        if self._quantised is not None and (int8 := self._int8(placed)):
+            return int8
+        arguments = ", ".join(self._word(word, placed) for word in words)
+        returned = "loss += " if call.op == "cross_entropy" else ""
+        return f"{returned}tl_{name}({arguments});"
+
+    def _int8(self, placed: Placed) -> str | None:
+        """A product with weights in int8, of one row."""
+        op, w = placed.call.op, lambda word: self._word(word, placed)
+        if op == "embed_forward":
+            wte, wpe = self._scaled("p.wte"), self._scaled("p.wpe")
+            return f"tl_embed_int8({w('x')}, {wte}, {wpe}, token, position, {w('wte.1')});"
+        if op in ("linear_forward", "linear_add_forward"):
+            residual = w("r") if op == "linear_add_forward" else "NULL"
+            weight = self._scaled(placed.call.args["w"].name)
+            return (
+                f"tl_linear_int8({w('y')}, {residual}, {w('x')}, {weight}, {w('b')}, {w('w.0')}, {w('w.1')});"
+            )
+        if op == "tied_head_forward":
+            weight = self._scaled("p.wte")
+            return f"tl_tied_head_int8({w('logits')}, {w('x')}, {weight}, {w('wte.0')}, {w('wte.1')});"
+        return None
+
+    def _scaled(self, name: str) -> str:
+        assert self._quantised is not None
+        values, scales, shape = self._quantised.places[name]
+        q, s = (identifier(name.replace("p.", kind)) for kind in ("q.", "s."))
+        self.used[q] = f"tl_weights_int8 + {values}", shape
+        self.used[s] = f"tl_scales + {scales}", shape.split(",")[0]
+        return f"{q}, {s}"
+
+    def _word(self, word: str, placed: Placed) -> str:
+        call, values = placed
+        if word == "*":
+            return identifier(values["*"].name)
+        if word == "NULL" or word.isdigit():
+            return word
+        if "*" in word:
+            return " * ".join(self._word(part, placed) for part in word.split("*"))
+        if "." in word:
+            return str(dimension(call, word))
+        if word == "n":
+            return "n" if self._step else "1"
+        value = call.args[word]
+        if isinstance(value, Ref):
+            return self._address(value, values[word].name if word in values else None)
+        if isinstance(value, str):
+            here = {"targets": "tokens + 1", "position": "0" if self._step else "position"}
+            return here.get(value, value)
+        return str(value) if isinstance(value, int) else number(value)
+
+    @property
+    def _step(self) -> bool:
+        return any(placed.call.op == "cross_entropy" for placed in self.arena.calls)
+
+    def _address(self, ref: Ref, held: str | None) -> str:
+        if not ref.size:
+            return "NULL"
+        if held is not None:
+            return identifier(held)
+        name = identifier(ref.name)
+        offset = self._offsets[ref.tensor] // 4 + ref.offset
+        if ref.buffer == "g":
+            place = f"ram + {self._parameters + offset}"
+        elif self._quantised is not None:
+            place = f"tl_weights + {self._quantised.others[ref.name]}"
+        else:
+            place = f"{'ram' if self._in_ram else 'tl_weights'} + {offset}"
+        self.used[name] = place, ", ".join(map(str, ref.shape))
+        return name
+
+
+def _optimiser(firmware: Firmware) -> Iterator[str]:
+    t, P = firmware.training, n_params(firmware.config)
+    if t.grad_clip:
+        clip = number(t.grad_clip)
+        yield f"const float norm = tl_global_norm(ram + {P}, {P});"
+        yield f"if (norm + 1e-6f > {clip})"
+        yield f"    scale = {clip} / (norm + 1e-6f);"
+    places = {"params": 0, "grads": P, "m": 2 * P, "v": 3 * P}
+    if t.optimiser != "sgd":
+        yield f"power1 *= {number(t.beta1)};"
+        yield f"power2 *= {number(t.beta2)};"
+    for call in firmware.trace.optimiser:
+        if call.op == "global_norm":
+            continue
+        words = []
+        for word in OPS[call.op].c.split():
+            value = call.args.get(word)
+            if isinstance(value, Ref):
+                words.append(f"ram + {places[word] + value.offset}")
+            elif word == "grads.0":
+                words.append(str(call.args["grads"].size))
+            elif isinstance(value, str):
+                words.append(re.sub(r"[\d.e-]+$", lambda m: number(float(m[0])), value) if "*" in value else value)
+            else:
+                words.append(number(value))
+        yield f"tl_{C_NAMES.get(call.op, call.op)}({', '.join(words)});"
+
+
+# ---------------------------------------------------------------- first weights
+
+
+class _Counting:
+    """In the place of a random generator: the k-th number that it gives says so."""
+
+    MARK = 1e9
+
+    def __init__(self) -> None:
+        self.drawn = 0
+        self.draws: list[tuple[int, int, float]] = []  # first, count, standard deviation
+
+    def gauss(self, n: int, std: float) -> np.ndarray:
+        first, self.drawn = self.drawn, self.drawn + n
+        self.draws.append((first, n, std))
+        return self.MARK + np.arange(first, self.drawn)
+
+
+def _begin(firmware: Firmware) -> Iterator[str]:
+    """The first weights: `initialise`, written down as it was seen to fill the buffer."""
+    config = firmware.config
+    if firmware.weights is not None:
+        yield f"tl_add(ram, tl_weights, {n_params(config)});"
+        return
+    layout: Plan = parameter_plan(config, np.float64)
+    buffer = layout.allocate()
+    flat, counting = buffer.view(np.float64), _Counting()
+    initialise(layout.views("p", buffer), config, counting)  # type: ignore[arg-type]
+    where = np.empty(counting.drawn, np.int64)
+    drawn = flat >= counting.MARK
+    where[(flat[drawn] - counting.MARK).astype(np.int64)] = np.flatnonzero(drawn)
+    for first, count, std in counting.draws:
+        places = where[first : first + count]
+        across = places[1] - places[0] if count > 1 else 1
+        line = np.flatnonzero(np.diff(places) != across)
+        columns = int(line[0]) + 1 if len(line) else count
+        down = int(places[columns] - places[0]) if columns < count else 0
+        rows = count // columns
+        affine = places[0] + np.add.outer(np.arange(rows) * down, np.arange(columns) * across).ravel()
+        assert np.array_equal(affine, places)
+        # 1 / 0.1 and 1 / 0.08 are floats, 0.1 and 0.08 are not: divided by them, weights are rounded once.
+        yield f"draw(ram + {places[0]}, {rows}, {columns}, {down}, {across}, {number(1 / std)});"
+    rest = np.where(drawn, 0, flat)
+    for run in np.split(np.arange(len(rest)), np.flatnonzero(np.diff(rest)) + 1):
+        if rest[run[0]]:
+            yield f"for (int i = {run[0]}; i < {run[-1] + 1}; i++)"
+            yield f"    ram[i] = {number(rest[run[0]])};"
+
+
+# ---------------------------------------------------------------- files
+
+
+def _table(about: str, kind: str, name: str, values: Iterable[str], wide: int) -> dict[str, Any]:
+    return {"about": about, "type": kind, "name": name, "numbers": list(values), "wide": wide}
+
+
+def context(firmware: Firmware, command: str, quantised: Quantised | None = None) -> dict[str, Any]:
+    """What the templates are filled with."""
+    f, layout = firmware, memory(firmware)
+    P, vocab = n_params(f.config), f.config.vocab
+    parts, about = [], []
+    writers: dict[str, Writer | None] = {"step": None, "decode": None}
+    for name, arena in (("step", layout.step), ("decode", layout.decode)):
+        if arena is not None:
+            writers[name] = Writer(f, arena, layout.kept, quantised if name == "decode" else None)
+    calls = {name: list(writer.calls()) if writer else [] for name, writer in writers.items()}
+    used: dict[str, tuple[str, str]] = {}
+    for writer in writers.values():
+        used |= writer.used if writer else {}
+    rows = [(name, *place) for name, place in sorted(used.items(), key=lambda item: _place(item[1][0]))]
+    parts.append({"about": "Parameters, and their gradients", "names": rows} if f.trains else
+                 {"about": "Parameters", "names": rows})
+    if f.trains:
+        about.append(f"parameters, gradients and moments ({layout.kept:,} numbers)")
+    for name, what in (("step", "a training step"), ("decode", "generating")):
+        writer = writers[name]
+        if writer:
+            about.append(f"what {what} works with ({writer.arena.size:,})")
+            parts.append({"about": f"What {what} works with", "names": writer.places()})
+    tables = []
+    if quantised is not None:
+        tables = [
+            _table("Weights, row by row", "int8_t", "tl_weights_int8", map(str, quantised.values), 24),
+            _table("A row's scale", "float", "tl_scales", map(number, quantised.scales), 8),
+        ]
+        if quantised.kept.size:
+            tables.append(_table("Other parameters", "float", "tl_weights", map(number, quantised.kept), 8))
+    elif f.weights is not None:
+        tables = [_table("The weights", "float", "tl_weights", map(number, f.weights), 8)]
+    data_about = []
+    if f.trains:
+        data_about.append("documents")
+    if f.generates:
+        data_about.append("the text of each token")
+    text, text_at, longest = _texts(f)
+    return {
+        "title": comment(f.title),
+        "command": comment(command),
+        "parameters": P,
+        "vocab": vocab,
+        "block": f.config.block_size,
+        "bos": -1 if f.tokenizer.bos is None else f.tokenizer.bos,
+        "start": f.tokenizer.start,
+        "token_type": "uint8_t" if vocab <= 256 else "uint16_t" if vocab <= 65536 else "uint32_t",
+        "seed": f.seed,
+        "random": f.random,
+        "pcg": _pcg(f.random_state),
+        "draws_weights": f.trains and f.weights is None,
+        "shuffle_draws": f.shuffle_draws,
+        "trains": f.trains,
+        "generates": f.generates,
+        "training": f.training,
+        "max_tokens": f.max_tokens,
+        "longest_text": longest * f.max_tokens,
+        "text": text,
+        "text_at": text_at,
+        "documents": len(f.documents.starts) if f.documents else 0,
+        "places_every": PLACES_EVERY,
+        "stream": f.documents.stream.tolist() if f.documents else [],
+        "places_of_documents": f.documents.starts[::PLACES_EVERY].tolist() if f.documents else [],
+        "ram": layout.size,
+        "ram_about": ", ".join(about),
+        "places": parts,
+        "tables": tables,
+        "int8": quantised is not None,
+        "step": calls["step"],
+        "decode": calls["decode"],
+        "optimiser": list(_optimiser(f)) if f.trains else [],
+        "begin": list(_begin(f)) if f.trains else [],
+        "logits": next((identifier(v.name) for v in layout.decode.values if v.name == "c.logits"), "")
+        if layout.decode
+        else "",
+        "data_about": " and ".join(data_about),
+    }
+
+
+def _place(place: str) -> tuple[str, int]:
+    buffer, _, offset = place.partition(" + ")
+    return buffer, int(offset)
+
+
+def _texts(firmware: Firmware) -> tuple[list[int], list[int], int]:
+    """The bytes of all tokens, where each one's begin, and the most that one has."""
+    tokenizer = firmware.tokenizer
+    if hasattr(tokenizer, "token_bytes"):
+        each = tokenizer.token_bytes()
+    else:
+        each = [f"{i} ".encode() for i in range(tokenizer.vocab_size)]
+    lengths = [len(text) for text in each]
+    return list(b"".join(each)), np.cumsum([0, *lengths]).tolist(), max(lengths)
+
+
+def _pcg(words: np.ndarray | None) -> list[str] | None:
+    """State and increment, each the upper and the lower 64 bits."""
+    if words is None:
+        return None
+    state, inc = (int(sum(int(w) << (32 * i) for i, w in enumerate(row))) for row in words.reshape(4, 4)[:2])
+    return [hex(part) for value in (state, inc) for part in (value >> 64, value & (2**64 - 1))]
+
+
+def data_bytes(firmware: Firmware) -> int:
+    """Of the documents in flash."""
+    if firmware.documents is None:
+        return 0
+    width = 1 if firmware.config.vocab <= 256 else 2 if firmware.config.vocab <= 65536 else 4
+    return width * len(firmware.documents.stream) + 4 * -(-len(firmware.documents.starts) // PLACES_EVERY)
+
+
+def weight_bytes(firmware: Firmware, quantised: Quantised | None) -> int:
+    """Of the weights in flash."""
+    if quantised is not None:
+        return quantised.nbytes
+    return 0 if firmware.weights is None else 4 * prod(firmware.weights.shape)
