@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli import convert, data, models, runs
+from tapeless.cli import convert, data, export, models, runs
 
 app = typer.Typer(
     add_completion=False,
@@ -46,6 +46,7 @@ for _command in (
     models.budget,
     models.bench,
     convert.convert,
+    export.export,
     models.presets,
 ):
     app.command()(_command)

@@ -86,7 +86,7 @@ def prepare(
             raise ConfigError("mode=generate reads no data: leave it out.")
         return _generating(source, settings, seed)
     if not new and data is None:
-        data = _data_of(source)
+        data = data_of(source)
     preset, pretrained = (source, None) if new else (None, source)
     what = plan.fresh(data, None, preset, pretrained, settings, seed, "reference", "float32", None)
     training, model = what.preset.training, what.preset.model
@@ -150,7 +150,7 @@ def _on_chip(config: GPTConfig) -> GPTConfig:
     return config.replace(precision="float32")
 
 
-def _data_of(source: str) -> str:
+def data_of(source: str) -> str:
     """What a run was trained on."""
     path = Path(source) / runs.CONFIG
     about = runs.read_json(path) if path.exists() else {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from tapeless.init import initialise
 from tapeless.layout import Plan, n_params, parameter_plan
 
 PLACES_EVERY = 16  # documents; those between are found by walking
+TOKEN_TYPES = {"uint8_t": 1, "uint16_t": 2, "uint32_t": 4}  # and their bytes
 C_NAMES = {
     "linear_add_forward": "linear_forward",
     "linear_add_backward": "linear_backward",
@@ -298,7 +298,7 @@ def context(firmware: Firmware, command: str, quantised: Quantised | None = None
         data_about.append("documents")
     if f.generates:
         data_about.append("the text of each token")
-    text, text_at, longest = _texts(f)
+    text, text_at, _ = _texts(f)
     return {
         "title": comment(f.title),
         "command": comment(command),
@@ -307,7 +307,7 @@ def context(firmware: Firmware, command: str, quantised: Quantised | None = None
         "block": f.config.block_size,
         "bos": -1 if f.tokenizer.bos is None else f.tokenizer.bos,
         "start": f.tokenizer.start,
-        "token_type": "uint8_t" if vocab <= 256 else "uint16_t" if vocab <= 65536 else "uint32_t",
+        "token_type": _token_type(f),
         "seed": f.seed,
         "random": f.random,
         "pcg": _pcg(f.random_state),
@@ -317,7 +317,7 @@ def context(firmware: Firmware, command: str, quantised: Quantised | None = None
         "generates": f.generates,
         "training": f.training,
         "max_tokens": f.max_tokens,
-        "longest_text": longest * f.max_tokens,
+        "longest_text": longest_text(f),
         "text": text,
         "text_at": text_at,
         "documents": len(f.documents.starts) if f.documents else 0,
@@ -338,6 +338,10 @@ def context(firmware: Firmware, command: str, quantised: Quantised | None = None
         else "",
         "data_about": " and ".join(data_about),
     }
+
+
+def _token_type(firmware: Firmware) -> str:
+    return next(kind for kind, width in TOKEN_TYPES.items() if firmware.config.vocab <= 256**width)
 
 
 def _place(place: str) -> tuple[str, int]:
@@ -364,11 +368,14 @@ def _pcg(words: np.ndarray | None) -> list[str] | None:
     return [hex(part) for value in (state, inc) for part in (value >> 64, value & (2**64 - 1))]
 
 
+# ---------------------------------------------------------------- sizes
+
+
 def data_bytes(firmware: Firmware) -> int:
     """Of the documents in flash."""
     if firmware.documents is None:
         return 0
-    width = 1 if firmware.config.vocab <= 256 else 2 if firmware.config.vocab <= 65536 else 4
+    width = TOKEN_TYPES[_token_type(firmware)]
     return width * len(firmware.documents.stream) + 4 * -(-len(firmware.documents.starts) // PLACES_EVERY)
 
 
@@ -376,4 +383,15 @@ def weight_bytes(firmware: Firmware, quantised: Quantised | None) -> int:
     """Of the weights in flash."""
     if quantised is not None:
         return quantised.nbytes
-    return 0 if firmware.weights is None else 4 * prod(firmware.weights.shape)
+    return 0 if firmware.weights is None else 4 * firmware.weights.size
+
+
+def token_bytes(firmware: Firmware) -> int:
+    """Of the tokenizer's table in flash."""
+    text, text_at, _ = _texts(firmware)
+    return len(text) + 4 * len(text_at)
+
+
+def longest_text(firmware: Firmware) -> int:
+    """Bytes of the longest text that is generated."""
+    return _texts(firmware)[2] * firmware.max_tokens if firmware.generates else 0

@@ -66,6 +66,7 @@ static float uniform(void)
     return (float)random_bits() * 0x1p-53f;
 }
 
+#if TL_TRAINS
 /* A whole number below n: as many bits as n has, until they are below it */
 static uint32_t below(uint32_t n)
 {
@@ -77,6 +78,7 @@ static uint32_t below(uint32_t n)
         r = random_word() >> shift;
     return r;
 }
+#endif
 
 #elif TL_RANDOM == TL_XORSHIFT32
 /* Marsaglia 2003, "Xorshift RNGs", section 4. Zero would stay zero. */
@@ -101,10 +103,12 @@ static float uniform(void)
     return (float)random_word() * 0x1p-32f;
 }
 
+#if TL_TRAINS
 static uint32_t below(uint32_t n)
 {
     return random_word() % n;
 }
+#endif
 
 #else
 /* NumPy's PCG64, from where it stood after it drew the weights. O'Neill 2014, "PCG", section 6. */

@@ -1,0 +1,76 @@
+"""The command export: models as C programs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tapeless.cli.options import Settings, option, parse_settings, say
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A preset, or a trained model: a run folder.")
+    ],
+    to: Annotated[
+        str, typer.Option(metavar="KIND", help="c, esp-idf, arduino, or wasm: a page for the browser.")
+    ] = "c",
+    out: Annotated[Path | None, option("Folder to write.", "DIR", "none: it must be given")] = None,
+    mode: Annotated[
+        str | None, option("train, generate, or both.", "NAME", "both for a preset, generate for a run")
+    ] = None,
+    data: Annotated[
+        str | None,
+        option("What it trains on, as for train; with int8 what it is judged on.", "DATA", "names, or the run's"),
+    ] = None,
+    steps: Annotated[int | None, option("Training steps.", "N", "the preset's")] = None,
+    set_: Settings = None,
+    seed: Annotated[int | None, option("Seed where the chip has none of its own.", "S", "42")] = None,
+    weights: Annotated[str, typer.Option(metavar="NAME", help="float32, or int8: a quarter of it.")] = "float32",
+    target: Annotated[
+        str | None,
+        option("Chip that it must fit: see budget --target.", "NAME", "esp32 for esp-idf and arduino"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Replace what is at DIR.")
+    ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", metavar="", help="Print the trace instead: every op and its buffers.")
+    ] = False,
+    draw: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the memory of the trace as .svg instead.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a model as a C program for a microcontroller, this machine or the browser.
+
+    From a preset the program trains from the beginning, as train does it, and then
+    generates; from a trained model it generates.
+    """
+    from tapeless.errors import ConfigError
+    from tapeless.export.export import export as export_model
+
+    settings = parse_settings(set_) | ({} if steps is None else {"steps": steps})
+    if show or draw is not None:
+        from tapeless.export.drawing import check_path, draw_memory
+        from tapeless.export.firmware import trace_of
+
+        if draw is not None:
+            check_path(draw)
+        trace = trace_of(source, settings)
+        if show:
+            print(trace)
+        if draw is not None:
+            draw_memory(trace, draw)
+            say(f"Saved in {draw}.")
+        return
+    if out is None:
+        raise ConfigError("export writes a folder: name it with --out DIR.")
+    export_model(
+        source, to, out, mode=mode, data=data, settings=settings, seed=seed, weights=weights, target=target,
+        overwrite=overwrite, command=shlex.join(["tapeless", *sys.argv[1:]]), say=say,
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""What an exported program takes of a chip's RAM and flash, before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tapeless.errors import ConfigError, did_you_mean
+from tapeless.export.firmware import Firmware
+from tapeless.export.int8 import Quantised
+from tapeless.export.lifetimes import Value
+from tapeless.export.program import data_bytes, longest_text, memory, token_bytes, weight_bytes
+from tapeless.layout import n_params
+
+KB = 1024
+# Measured with gcc 12 at -O2 for RISC-V and Cortex-M (docs/microcontrollers.md), rounded up: the program's
+# code with what it takes of the C library, and the deepest stack, printf's included.
+CODE = {True: 36 * KB, False: 48 * KB}  # with hard float, and without
+STACK = 3 * KB
+RANDOM = {"python": 2500, "xorshift32": 4, "numpy": 16}  # the state of each generator
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of microcontroller. `ram` and `flash` are what a program may have of it in bytes, what its own
+    software and the C library need left aside."""
+
+    what: str
+    ram: int
+    flash: int
+    hard_float: bool  # in single precision
+    mhz: int
+
+
+# Where these figures come from stands in docs/microcontrollers.md.
+CHIPS = {
+    "esp32": Chip("ESP32: Xtensa LX6", 144 * KB, 3584 * KB, True, 240),
+    "esp32-s3": Chip("ESP32-S3: Xtensa LX7", 240 * KB, 3584 * KB, True, 240),
+    "esp32-c3": Chip("ESP32-C3: RISC-V without floating point", 220 * KB, 3584 * KB, False, 160),
+    "rp2040": Chip("RP2040: Cortex-M0+ without floating point", 240 * KB, 1920 * KB, False, 133),
+    "stm32f4": Chip("STM32F407: Cortex-M4F", 120 * KB, 960 * KB, True, 168),
+}
+
+
+class Row(NamedTuple):
+    what: str
+    ram: int
+    flash: int
+    remark: str = ""
+
+
+def get_chip(name: str) -> Chip:
+    """The chip of this name. Raises `ConfigError`, suggesting the nearest, if there is none."""
+    if name not in CHIPS:
+        raise ConfigError(f"no target is called {name!r}.{did_you_mean(name, CHIPS)}")
+    return CHIPS[name]
+
+
+def budget(firmware: Firmware, quantised: Quantised | None, chip: Chip) -> list[Row]:
+    """What the program takes, by what it is for."""
+    layout, P = memory(firmware), 4 * n_params(firmware.config)
+    rows = []
+    if firmware.trains:
+        moments = layout.kept * 4 // P - 2
+        name = "Adam's moments" if moments == 2 else "momentum"
+        rows += [Row("parameters", P, 0), Row("gradients", P, 0), Row(name, moments * P, 0)]
+    values: list[Value] = []
+    for arena in (layout.step, layout.decode):
+        values += arena.values if arena else []
+    kinds = [("activations", "a"), ("activation gradients", "d"), ("generating a text", "c")]
+    sizes = {what: _total(v for v in values if v.name[0] == kind) for what, kind in kinds}
+    apart = ", ".join(f"{what} {size:,}" for what, size in sizes.items() if size)
+    rows.append(Row("working memory", 4 * layout.shared, 0, f"of {sum(sizes.values()):,}: {apart}"))
+    rows.append(Row("random numbers, a text", RANDOM[firmware.random] + longest_text(firmware) + 16, 0))
+    rows.append(Row("stack, at most", STACK, 0))
+    rows.append(Row("code", 0, CODE[chip.hard_float]))
+    if size := weight_bytes(firmware, quantised):
+        rows.append(Row("weights", 0, size, "int8" if quantised else "float32"))
+    if size := data_bytes(firmware):
+        rows.append(Row("documents", 0, size))
+    if firmware.generates:
+        rows.append(Row("tokenizer", 0, token_bytes(firmware)))
+    return rows
+
+
+def _total(values: Iterable[Value]) -> int:
+    return 4 * sum(v.size for v in values)
+
+
+def totals(rows: list[Row]) -> tuple[int, int]:
+    """RAM and flash."""
+    return sum(row.ram for row in rows), sum(row.flash for row in rows)
+
+
+def check(rows: list[Row], name: str) -> None:
+    """Raise `ConfigError` if the program does not fit this chip, naming what is largest."""
+    chip = get_chip(name)
+    for kind, needed, most in zip(("RAM", "flash"), totals(rows), (chip.ram, chip.flash), strict=True):
+        if needed > most:
+            field = kind.lower()
+            largest = max(rows, key=lambda row: getattr(row, field))
+            raise ConfigError(
+                f"this needs {needed:,} bytes of {kind}, and a program may have {most:,} on {name}: most are "
+                f"{largest.what} ({getattr(largest, field):,}). {REMEDIES[largest.what]}"
+            )
+
+
+REMEDIES = {
+    "parameters": "Train a smaller model, or export a trained one to generate only.",
+    "gradients": "Train a smaller model, or export a trained one to generate only.",
+    "Adam's moments": "Train a smaller model, or export a trained one to generate only.",
+    "momentum": "Train a smaller model, or export a trained one to generate only.",
+    "working memory": "Set a smaller block_size, or recompute=true.",
+    "random numbers, a text": "Set smaller max_tokens.",
+    "weights": "Try --weights int8, or a smaller model.",
+    "documents": "Give fewer of them with --data.",
+    "tokenizer": "Use a model with fewer tokens.",
+    "code": "Choose another target.",
+    "stack, at most": "Choose another target.",
+}

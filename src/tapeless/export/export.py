@@ -1,0 +1,101 @@
+"""From a preset or a trained model to a folder with a C program: what `tapeless export` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tapeless.errors import ConfigError, did_you_mean
+from tapeless.export import budget, files, wasm
+from tapeless.evaluate import evaluate
+from tapeless.export.firmware import Firmware, data_of, prepare
+from tapeless.export.int8 import Quantised, quantise
+from tapeless.export.program import context
+from tapeless.layout import n_params
+from tapeless.model import load
+
+WEIGHTS = ("float32", "int8")
+TARGETS = {"esp-idf": "esp32", "arduino": "esp32"}  # where nothing else is said
+
+
+def export(
+    source: str,
+    to: str,
+    out: Path,
+    *,
+    mode: str | None = None,
+    data: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    seed: int | None = None,
+    weights: str = "float32",
+    target: str | None = None,
+    overwrite: bool = False,
+    command: str = "tapeless export",
+    say: Callable[[str], object] = lambda line: None,
+) -> None:
+    """Write the model `source`, a preset or a trained one, as a program into the folder `out`.
+
+    `to` is "c", "esp-idf", "arduino" or "wasm"; `mode` "train", "generate" or "both"; `weights` "float32" or
+    "int8". The program must fit the chip `target`: "esp32" for ESP-IDF and Arduino where none is given.
+
+    Raises `ConfigError` for a model or settings that cannot be exported, or do not fit; `DataError` or
+    `RunError` for what cannot be read or written. Nothing is written then.
+    """
+    if to not in files.KINDS:
+        raise ConfigError(f"to cannot be {to!r}.{did_you_mean(to, files.KINDS)}")
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights cannot be {weights!r}.{did_you_mean(weights, WEIGHTS)}")
+    target = TARGETS.get(to) if target is None else target
+    if target is not None:
+        budget.get_chip(target)
+    files.refuse(out, overwrite)
+    int8 = weights == "int8"
+    firmware = prepare(source, mode or ("generate" if int8 else None), None if int8 else data, settings or {}, seed)
+    quantised = _quantised(firmware, source, data, say) if int8 else None
+    rows = budget.budget(firmware, quantised, budget.CHIPS[target or "esp32"])
+    if target is not None:
+        budget.check(rows, target)
+    about = context(firmware, command, quantised)
+    texts = files.files(files.KINDS[to], about | {"sketch": _sketch(out), "target": target or "", "rows": rows})
+    files.write(out, texts)
+    say(_told(firmware, rows, target))
+    say(f"Saved in {out}: {files.KINDS[to].name}. Its README.md says how to go on.")
+    if to == "wasm":
+        wasm.build(out, say)
+
+
+def _sketch(out: Path) -> str:
+    """A folder's name, which the sketch in it must have."""
+    return out.resolve().name
+
+
+def _told(firmware: Firmware, rows: list[budget.Row], target: str | None) -> str:
+    does = [f"trains {firmware.training.steps:,} steps"] if firmware.trains else []
+    does += ["generates"] if firmware.generates else []
+    ram, flash = budget.totals(rows)
+    fits = f", fits {target}" if target else ""
+    return (
+        f"{firmware.title}: {n_params(firmware.config):,} parameters, {' and '.join(does)}: "
+        f"{ram:,} bytes of RAM, {flash:,} of flash{fits}"
+    )
+
+
+def _quantised(
+    firmware: Firmware, source: str, data: str | Path | None, say: Callable[[str], object]
+) -> Quantised:
+    """The weights in int8, with what that costs measured on `data`, or on what the model was trained on."""
+    if firmware.trains or firmware.weights is None:
+        raise ConfigError("weights=int8 are for generating: a model cannot be trained in them.")
+    data = data_of(source) if data is None else data
+    quantised, rounded = quantise(firmware.config, firmware.weights)
+    model = load(source, "reference", dtype="float32")
+    losses = []
+    for weights in (firmware.weights, rounded):
+        model.engine.params[:] = weights
+        losses.append(evaluate(model, data).loss)
+    say(
+        f"int8 weights: {quantised.nbytes:,} bytes in place of {firmware.weights.nbytes:,}; "
+        f"loss on {data} {losses[1]:.4f} in place of {losses[0]:.4f}"
+    )
+    return quantised
