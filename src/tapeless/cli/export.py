@@ -61,11 +61,11 @@ def export(
 
         if draw is not None:
             check_path(draw)
-        trace = trace_of(source, settings)
+        _, trace = trace_of(source, settings)
         if show:
             print(trace)
         if draw is not None:
-            draw_memory(trace, draw)
+            draw_memory(source, trace, draw)
             say(f"Saved in {draw}.")
         return
     if out is None:

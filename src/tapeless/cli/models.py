@@ -72,32 +72,52 @@ def check(
 
 
 def budget(
-    preset: PresetName = "microgpt",
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A preset, see [bold]tapeless presets[/]; for a chip a trained model, too."
+        ),
+    ] = "microgpt",
     set_: Settings = None,
     batch_size: Annotated[int | None, option("Documents a step.", "B", "the preset's")] = None,
     block_size: Annotated[int | None, option("Tokens of a document.", "T", "the preset's")] = None,
     threads: Threads = None,
     recompute: Recompute = None,
-    target: Annotated[str, typer.Option(metavar="NAME", help="What to train on: cpu.")] = "cpu",
+    target: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="What it runs on: cpu, or esp32, esp32-c3, esp32-s3, rp2040, stm32f4."),
+    ] = "cpu",
+    mode: Annotated[
+        str | None, option("On a chip: train, generate or both.", "NAME", "both, a run generates")
+    ] = None,
+    data: Annotated[str | None, option("On a chip: what it trains on.", "DATA", "names")] = None,
 ) -> None:
     """Show the memory that training takes, to the byte, before anything is allocated.
 
-    Each document counts as a full block of tokens. Exit code 1 if it does not fit this machine.
+    Each document counts as a full block of tokens. On a chip it is what tapeless export
+    writes, static RAM to the byte. Exit code 1 if it does not fit.
     """
+    chosen = {"batch_size": batch_size, "block_size": block_size, "recompute": recompute}
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    if target != "cpu":
+        _chip_budget(preset, target, mode, data, parse_settings(set_) | settings)
+        return
+    if mode is not None or data is not None:
+        raise ConfigError("mode and data are of programs for chips: give --target, or leave them out.")
+    _cpu_budget(preset, set_, settings, threads)
+
+
+def _cpu_budget(preset: str, set_: list[str] | None, settings: dict[str, Any], threads: int | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tapeless.errors import ConfigError, did_you_mean
     from tapeless.layout import n_params
     from tapeless.memory import free_memory, training_memory
     from tapeless.presets import get_preset
 
-    if target != "cpu":
-        raise ConfigError(f"no target is called {target!r}.{did_you_mean(target, ['cpu'])}")
     config = _model_config(preset, set_)
-    chosen = {"block_size": block_size, "recompute": recompute}
-    config = config.replace(**{name: value for name, value in chosen.items() if value is not None})
-    settings = {} if batch_size is None else {"batch_size": batch_size}
+    config = config.replace(**{name: value for name, value in settings.items() if name != "batch_size"})
+    settings = {name: value for name, value in settings.items() if name == "batch_size"}
     documents = get_preset(preset).with_settings(settings).training.batch_size
     tokens = documents * config.block_size
     plans, team = training_memory(config, "cpu", "float32", documents, threads, config.block_size)
@@ -119,6 +139,42 @@ def budget(
     console.print(table)
     fits = needed <= free
     console.print(f"{'Fits' if fits else 'Does not fit'} in the {free / 1e9:,.1f} GB that are free.")
+    if not fits:
+        raise typer.Exit(1)
+
+
+def _chip_budget(
+    source: str, target: str, mode: str | None, data: str | None, settings: dict[str, Any]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tapeless.errors import did_you_mean
+    from tapeless.export import budget as chips
+    from tapeless.export.firmware import prepare
+
+    if target not in chips.CHIPS:
+        raise ConfigError(f"no target is called {target!r}.{did_you_mean(target, ['cpu', *chips.CHIPS])}")
+    chip = chips.CHIPS[target]
+    firmware = prepare(source, mode, data, settings, None)
+    rows = chips.budget(firmware, None, chip)
+    table = Table("what", box=None)
+    table.add_column("RAM", justify="right")
+    table.add_column("flash", justify="right")
+    table.add_column("")
+    for row in rows:
+        table.add_row(row.what, *(f"{n:,}" if n else "" for n in (row.ram, row.flash)), row.remark)
+    table.add_section()
+    ram, flash = chips.totals(rows)
+    table.add_row("total", f"{ram:,}", f"{flash:,}", "")
+    table.add_row(f"there is on {target}", f"{chip.ram:,}", f"{chip.flash:,}", chip.what)
+    does = "trains and generates" if firmware.trains and firmware.generates else "generates"
+    does = does if firmware.generates else "trains"
+    fits = ram <= chip.ram and flash <= chip.flash
+    console = Console(highlight=False)
+    console.print(f"{firmware.title}: {firmware.size:,} parameters, {does}; bytes:")
+    console.print(table)
+    console.print(f"{'Fits' if fits else 'Does not fit'}.")
     if not fits:
         raise typer.Exit(1)
 

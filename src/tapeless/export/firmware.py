@@ -18,6 +18,7 @@ from tapeless.init import generator_name
 from tapeless.io import runs
 from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.job import Job
+from tapeless.layout import n_params
 from tapeless.model import load
 from tapeless.presets import FINETUNING, presets
 from tapeless.settings import Training
@@ -51,6 +52,11 @@ class Firmware:
     random: str
     random_state: np.ndarray | None  # of NumPy's generator, once weights and order are drawn
     trace: Trace
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return n_params(self.config)
 
     @property
     def shuffle_draws(self) -> bool:
@@ -180,3 +186,17 @@ def _documents(job: Job) -> Documents:
     starts = np.cumsum(lengths) - lengths
     inside = np.repeat(spans[:, 0] - starts, lengths) + np.arange(lengths.sum())
     return Documents(np.append(stream[inside], stream[0]), starts)
+
+
+def trace_of(source: str, settings: dict[str, Any]) -> tuple[GPTConfig, Trace]:
+    """The trace of a preset, with the vocabulary of the names where it has none, or of a trained model.
+
+    Raises `ConfigError` for ops that have no C version.
+    """
+    if source in presets:
+        preset = presets[source].with_settings(settings)
+        config, training = preset.model, preset.training
+    else:
+        config, training = open_model(source).config, dataclasses.replace(FINETUNING, **settings)
+    config = _on_chip(config.replace(vocab_size=config.vocab_size or 27))
+    return config, record(config, training)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tapeless.export.ops import OPS
-from tapeless.export.trace import Call, Ref
+from tapeless.export.trace import Call, Ref, Trace
 
 
 @dataclass(eq=False)
@@ -92,6 +92,12 @@ def plan(calls: Sequence[Call], kept: Iterable[str] = (), results: Iterable[str]
             here["*"] = new(f"{call.writes[0].buffer}.scratch", dimension(call, op.scratch), i)
         placed.append(Placed(call, here))
     return _place(placed, values, joined)
+
+
+def plans(trace: Trace) -> tuple[Arena, Arena]:
+    """Of a training step and of a decoding step, whose keys and values stay for the next one."""
+    caches = {ref.name for call in trace.decode for ref in call.updates if ref.tensor == "cache"}
+    return plan(trace.step), plan(trace.decode, caches, ["c.logits"])
 
 
 def _used(c: str) -> set[str]:

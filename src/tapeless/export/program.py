@@ -10,7 +10,7 @@ import numpy as np
 
 from tapeless.export.firmware import Firmware
 from tapeless.export.int8 import Quantised
-from tapeless.export.lifetimes import Arena, Placed, dimension, plan
+from tapeless.export.lifetimes import Arena, Placed, dimension, plans
 from tapeless.export.ops import OPS
 from tapeless.export.trace import Ref
 from tapeless.init import initialise
@@ -46,13 +46,12 @@ class Memory(NamedTuple):
 
 def memory(firmware: Firmware) -> Memory:
     """The plan of all RAM that the model itself takes."""
-    trace, config = firmware.trace, firmware.config
-    caches = [f"c.cache[{l}]" for l in range(config.n_layer)]
+    step, decode = plans(firmware.trace)
     moments = 1 if firmware.training.optimiser == "sgd" else 2
     return Memory(
-        plan(trace.step) if firmware.trains else None,
-        plan(trace.decode, caches, ["c.logits"]) if firmware.generates else None,
-        (2 + moments) * n_params(config) if firmware.trains else 0,
+        step if firmware.trains else None,
+        decode if firmware.generates else None,
+        (2 + moments) * n_params(firmware.config) if firmware.trains else 0,
     )
 
 
