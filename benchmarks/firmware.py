@@ -2,8 +2,8 @@
 
     python benchmarks/firmware.py [PRESET]... [--soft] [--data FILE] [--json]
 
-Needs Debian's gcc-riscv64-unknown-elf, picolibc-riscv64-unknown-elf and qemu-system-misc. QEMU's -icount makes
-the chip's own counter, minstret, exact; functions of the ops tell when they begin and end, in a second run.
+Needs Debian's gcc-riscv64-unknown-elf, picolibc-riscv64-unknown-elf and qemu-system-misc. QEMU's -icount
+makes the chip's own counter, minstret, exact; in a second run the ops tell when they begin and end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MEMORY = {"__flash": "0x80000000", "__flash_size": "0x00200000", "__ram": "0x80200000", "__ram_size": "0x00100000"}
+MEMORY = {
+    "__flash": "0x80000000",
+    "__flash_size": "0x00200000",
+    "__ram": "0x80200000",
+    "__ram_size": "0x00100000",
+}
 CHIPS = {"hard": ["-march=rv32imafc", "-mabi=ilp32f"], "soft": ["-march=rv32imc", "-mabi=ilp32"]}
 # Reading the counters: with _zicsr in -march, gcc 12 of Debian picks 64-bit libraries.
 FLAGS = [
@@ -32,7 +37,7 @@ EMULATOR = [
 
 def count(folder: Path, chip: str, each: bool) -> list[list[str]]:
     """Build and run the counting program; with `each` the ops tell of themselves."""
-    sources = sorted(folder.glob("tapeless_*.c")) + [HERE / "firmware" / "count.c"]
+    sources = [*sorted(folder.glob("tapeless_*.c")), HERE / "firmware" / "count.c"]
     inner = "add_product,dot,dots,begin_sum,softmax_row,score_backward,gelu_tanh"
     objects = []
     for source in sources:
@@ -44,7 +49,9 @@ def count(folder: Path, chip: str, each: bool) -> list[list[str]]:
         subprocess.run([*command, "-o", objects[-1]], check=True)
     program = folder / "count.elf"
     subprocess.run(["riscv64-unknown-elf-gcc", *CHIPS[chip], *objects, *FLAGS, "-o", program], check=True)
-    result = subprocess.run([*EMULATOR, program], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        [*EMULATOR, program], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+    )
     names = {}
     for line in subprocess.check_output(["riscv64-unknown-elf-nm", program], text=True).splitlines():
         address, _, name = line.split()
@@ -67,9 +74,13 @@ def measure(preset: str, chip: str, data: str | None, steps: int) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("presets", nargs="*", default=["microgpt"])
-    parser.add_argument("--soft", action="store_true", help="without floating point (ESP32-C3's instructions)")
+    parser.add_argument(
+        "--soft", action="store_true", help="without floating point (ESP32-C3's instructions)"
+    )
     parser.add_argument("--data", help="documents; the built-in names")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", action="store_true")

@@ -25,12 +25,16 @@ def export(
     ] = None,
     data: Annotated[
         str | None,
-        option("What it trains on, as for train; with int8 what it is judged on.", "DATA", "names, or the run's"),
+        option(
+            "What it trains on, as for train; with int8 what it is judged on.", "DATA", "names, or the run's"
+        ),
     ] = None,
     steps: Annotated[int | None, option("Training steps.", "N", "the preset's")] = None,
     set_: Settings = None,
     seed: Annotated[int | None, option("Seed where the chip has none of its own.", "S", "42")] = None,
-    weights: Annotated[str, typer.Option(metavar="NAME", help="float32, or int8: a quarter of it.")] = "float32",
+    weights: Annotated[
+        str, typer.Option(metavar="NAME", help="float32, or int8: a quarter of it.")
+    ] = "float32",
     target: Annotated[
         str | None,
         option("Chip that it must fit: see budget --target.", "NAME", "esp32 for esp-idf and arduino"),
@@ -43,7 +47,9 @@ def export(
     ] = False,
     draw: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the memory of the trace as .svg instead.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Draw the memory of the trace as .svg instead.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Write a model as a C program for a microcontroller, this machine or the browser.

@@ -85,7 +85,9 @@ def budget(
     recompute: Recompute = None,
     target: Annotated[
         str,
-        typer.Option(metavar="NAME", help="What it runs on: cpu, or esp32, esp32-c3, esp32-s3, rp2040, stm32f4."),
+        typer.Option(
+            metavar="NAME", help="What it runs on: cpu, or esp32, esp32-c3, esp32-s3, rp2040, stm32f4."
+        ),
     ] = "cpu",
     mode: Annotated[
         str | None, option("On a chip: train, generate or both.", "NAME", "both, a run generates")

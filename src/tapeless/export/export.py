@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tapeless.errors import ConfigError, did_you_mean
-from tapeless.export import budget, files, wasm
 from tapeless.evaluate import evaluate
+from tapeless.export import budget, files, wasm
 from tapeless.export.firmware import Firmware, data_of, prepare
 from tapeless.export.int8 import Quantised, quantise
 from tapeless.export.program import context
@@ -51,13 +51,17 @@ def export(
         budget.get_chip(target)
     files.refuse(out, overwrite)
     int8 = weights == "int8"
-    firmware = prepare(source, mode or ("generate" if int8 else None), None if int8 else data, settings or {}, seed)
+    firmware = prepare(
+        source, mode or ("generate" if int8 else None), None if int8 else data, settings or {}, seed
+    )
     quantised = _quantised(firmware, source, data, say) if int8 else None
     rows = budget.budget(firmware, quantised, budget.CHIPS[target or "esp32"])
     if target is not None:
         budget.check(rows, target)
     about = context(firmware, command, quantised)
-    texts = files.files(files.KINDS[to], about | {"sketch": _sketch(out), "target": target or "", "rows": rows})
+    texts = files.files(
+        files.KINDS[to], about | {"sketch": _sketch(out), "target": target or "", "rows": rows}
+    )
     files.write(out, texts)
     say(_told(firmware, rows, target))
     say(f"Saved in {out}: {files.KINDS[to].name}. Its README.md says how to go on.")

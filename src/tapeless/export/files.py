@@ -78,7 +78,9 @@ def refuse(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; expected a folder for the program.")
     if out.is_dir() and not overwrite and any(out.iterdir()):
-        raise RunError(f"{out} is there already: replace its files with --overwrite, or choose another folder.")
+        raise RunError(
+            f"{out} is there already: replace its files with --overwrite, or choose another folder."
+        )
 
 
 def write(out: Path, texts: dict[str, str]) -> None:

@@ -43,7 +43,7 @@ class Firmware:
     title: str
     config: GPTConfig
     training: Training
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | Numbers
     seed: int
     trains: bool
     generates: bool
@@ -62,11 +62,6 @@ class Firmware:
     def shuffle_draws(self) -> bool:
         """Whether the order of documents took random numbers before the weights did."""
         return self.training.order == "shuffle" and self.random != "numpy"
-
-    @property
-    def max_tokens(self) -> int:
-        """Of a text: chips do not go beyond the block."""
-        return min(self.training.max_tokens, self.config.block_size)
 
 
 def prepare(

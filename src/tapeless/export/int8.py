@@ -14,6 +14,7 @@ from tapeless.config import GPTConfig
 from tapeless.layout import DECAYED, parameter_plan
 
 MOST = 127
+WHOLE = ("wte", "wpe", "norme_w", "norme_b", "normf_w", "normf_b", "head", "contract")  # have no layers
 
 
 @dataclass(frozen=True)
@@ -37,31 +38,35 @@ def quantise(config: GPTConfig, weights: np.ndarray) -> tuple[Quantised, np.ndar
     layout = parameter_plan(config)
     rounded = weights.astype(np.float32).copy()
     views = layout.views("p", rounded.view(np.uint8))._asdict()
-    values, scales, kept = [], [], []
+    values: list[np.ndarray] = []
+    scales: list[np.ndarray] = []
+    kept: list[np.ndarray] = [np.empty(0, np.float32)]
     places: dict[str, tuple[int, int, str]] = {}
     others: dict[str, int] = {}
     for tensor in layout.tensors:
         name, w = f"p.{tensor.name}", views[tensor.name]
         if not w.size:
             continue
-        # Refs of a tensor with layers name one of them.
-        layered = len(w) == config.n_layer and tensor.name not in ("wte", "wpe", "head", "normf_w", "contract")
-        layered = layered and not tensor.name.startswith("norme")
-        parts = [(f"{name}[{l}]", w[l]) for l in range(config.n_layer)] if layered else [(name, w)]
+        parts = [(name, w)]
+        if tensor.name not in WHOLE:  # the calls name one layer's part
+            parts = [(f"{name}[{l}]", w[l]) for l in range(config.n_layer)]
         for part, numbers in parts:
             if tensor.name not in DECAYED:
-                others[part] = sum(map(len, kept))
+                others[part] = _length(kept)
                 kept.append(numbers.ravel().copy())
                 continue
             scale = np.abs(numbers).max(axis=1, keepdims=True).astype(np.float32) / np.float32(MOST)
             q = np.rint(numbers / np.where(scale > 0, scale, 1)).astype(np.int8)
             shape = ", ".join(map(str, numbers.shape))
-            places[part] = sum(map(len, values)), sum(map(len, scales)), shape
+            places[part] = _length(values), _length(scales), shape
             values.append(q.ravel())
             scales.append(scale.ravel())
             numbers[...] = q * scale
-    empty = np.empty(0, np.float32)
-    return (
-        Quantised(np.concatenate(values), np.concatenate(scales), np.concatenate([*kept, empty]), places, others),
-        rounded,
+    quantised = Quantised(
+        np.concatenate(values), np.concatenate(scales), np.concatenate(kept), places, others
     )
+    return quantised, rounded
+
+
+def _length(arrays: list[np.ndarray]) -> int:
+    return sum(map(len, arrays))

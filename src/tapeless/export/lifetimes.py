@@ -41,6 +41,7 @@ class Arena:
     values: list[Value]
     size: int = 0
 
+
 def plan(calls: Sequence[Call], kept: Iterable[str] = (), results: Iterable[str] = ()) -> Arena:
     """Places for everything the calls work on but parameters, their gradients and `opt`.
 
@@ -156,4 +157,3 @@ def _first_fit(spans: list[tuple[int, int, int]], order: list[int]) -> tuple[lis
         offsets[k] = offset
         top = max(top, offset + size)
     return offsets, top
-

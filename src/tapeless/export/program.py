@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tapeless.data.tokenizers import Numbers
 from tapeless.export.firmware import Firmware
 from tapeless.export.int8 import Quantised
 from tapeless.export.lifetimes import Arena, Placed, dimension, plans
@@ -64,7 +65,7 @@ def number(x: float) -> str:
 
 
 def identifier(name: str) -> str:
-    """"a.qkv[0]" as a_qkv_0; what it holds at its second time ("a.f 2") as a_f_v2."""
+    """ "a.qkv[0]" as a_qkv_0; what it holds at its second time ("a.f 2") as a_f_v2."""
     return re.sub(r"\W+", "_", name.replace(" ", "_v").replace("]", "").strip())
 
 
@@ -97,7 +98,8 @@ class Writer:
                     shapes[value.name] = ", ".join(map(str, call.args[name].shape))
         rows = sorted(self.arena.values, key=lambda v: v.first)
         return [
-            (identifier(v.name), f"ram + {self.base + v.offset}", shapes.get(v.name, str(v.size))) for v in rows
+            (identifier(v.name), f"ram + {self.base + v.offset}", shapes.get(v.name, str(v.size)))
+            for v in rows
         ]
 
     def _call(self, placed: Placed) -> str:
@@ -191,15 +193,13 @@ def _optimiser(firmware: Firmware) -> Iterator[str]:
             continue
         words = []
         for word in OPS[call.op].c.split():
-            value = call.args.get(word)
+            value = call.args.get(word, word)
             if isinstance(value, Ref):
                 words.append(f"ram + {places[word] + value.offset}")
             elif word == "grads.0":
-                words.append(str(call.args["grads"].size))
-            elif isinstance(value, str):
-                words.append(re.sub(r"[\d.e-]+$", lambda m: number(float(m[0])), value) if "*" in value else value)
+                words.append(str(dimension(call, word)))
             else:
-                words.append(number(value))
+                words.append(value if isinstance(value, str) else number(value))
         yield f"tl_{C_NAMES.get(call.op, call.op)}({', '.join(words)});"
 
 
@@ -273,8 +273,11 @@ def context(firmware: Firmware, command: str, quantised: Quantised | None = None
     for writer in writers.values():
         used |= writer.used if writer else {}
     rows = [(name, *place) for name, place in sorted(used.items(), key=lambda item: _place(item[1][0]))]
-    parts.append({"about": "Parameters, and their gradients", "names": rows} if f.trains else
-                 {"about": "Parameters", "names": rows})
+    parts.append(
+        {"about": "Parameters, and their gradients", "names": rows}
+        if f.trains
+        else {"about": "Parameters", "names": rows}
+    )
     if f.trains:
         about.append(f"parameters, gradients and moments ({layout.kept:,} numbers)")
     for name, what in (("step", "a training step"), ("decode", "generating")):
@@ -315,7 +318,7 @@ def context(firmware: Firmware, command: str, quantised: Quantised | None = None
         "trains": f.trains,
         "generates": f.generates,
         "training": f.training,
-        "max_tokens": f.max_tokens,
+        "max_tokens": f.training.max_tokens,
         "longest_text": longest_text(f),
         "text": text,
         "text_at": text_at,
@@ -351,10 +354,10 @@ def _place(place: str) -> tuple[str, int]:
 def _texts(firmware: Firmware) -> tuple[list[int], list[int], int]:
     """The bytes of all tokens, where each one's begin, and the most that one has."""
     tokenizer = firmware.tokenizer
-    if hasattr(tokenizer, "token_bytes"):
-        each = tokenizer.token_bytes()
-    else:
+    if isinstance(tokenizer, Numbers):
         each = [f"{i} ".encode() for i in range(tokenizer.vocab_size)]
+    else:
+        each = tokenizer.token_bytes()
     lengths = [len(text) for text in each]
     return list(b"".join(each)), np.cumsum([0, *lengths]).tolist(), max(lengths)
 
@@ -393,4 +396,4 @@ def token_bytes(firmware: Firmware) -> int:
 
 def longest_text(firmware: Firmware) -> int:
     """Bytes of the longest text that is generated."""
-    return _texts(firmware)[2] * firmware.max_tokens if firmware.generates else 0
+    return _texts(firmware)[2] * firmware.training.max_tokens if firmware.generates else 0

@@ -142,7 +142,7 @@ class Batch(NamedTuple):
 
 
 def group(buffer: str, tensors: Sequence[Tensor], rows: int) -> Any:
-    """A group of the schedule, of parts of buffers in place of arrays, for documents of up to `rows` tokens."""
+    """A group of the schedule: parts of buffers in place of arrays, for documents of up to `rows` tokens."""
     sizes = {N: rows, D: 1, W: 1}
     refs = (Ref(buffer, t.name, (), 0, t.resolve(sizes)) for t in tensors)
     return view_class(buffer, tensors)(*refs)
@@ -181,11 +181,9 @@ def _record_optimiser(ops: Any, config: GPTConfig, training: Training) -> None:
         return
     segments = decay_segments(config) if t.weight_decay else [(0, n_params(config), 0)]
     for first, end, decays in segments:
-        parts = [replace(b, offset=int(first), shape=(int(end - first),)) for b in buffers]
-        decay = f"lr * {t.weight_decay!r}" if decays else 0.0
-        args = (*parts, "lr", t.beta1, t.beta2, "power1", "power2", t.eps, decay, "scale")
-        names = "params grads m v lr beta1 beta2 power1 power2 eps decay scale".split()
-        ops.calls.append(Call("adamw", dict(zip(names, args, strict=True))))
+        params, grads, m, v = (replace(b, offset=int(first), shape=(int(end - first),)) for b in buffers)
+        decay = t.weight_decay if decays else 0.0
+        ops.adamw(params, grads, m, v, "powers", "segments", "lr", t.beta1, t.beta2, t.eps, decay, "scale")
 
 
 # ---------------------------------------------------------------- two ops as one
@@ -203,7 +201,9 @@ def fused(calls: list[Call]) -> list[Call]:
             out.append(call)
     for call in out:
         if not OPS[call.op].c:
-            raise ConfigError(f"{call.op} has a C version only behind another op, so this cannot be exported.")
+            raise ConfigError(
+                f"{call.op} has a C version only behind another op, so this cannot be exported."
+            )
     return out
 
 
@@ -211,11 +211,13 @@ def _joined(first: Call, second: Call) -> Call | None:
     a, b = first.args, second.args
     match first.op, second.op:
         case "linear_forward", "add_forward" if a["y"] == b["f"]:
-            return Call("linear_add_forward", {"y": b["y"], "r": b["x"]} | {k: a[k] for k in "x w b n".split()})
+            return Call(
+                "linear_add_forward", {"y": b["y"], "r": b["x"]} | {k: a[k] for k in ["x", "w", "b", "n"]}
+            )
         case "linear_backward", "accumulate" if a["dx"] == b["x"]:
             return Call("linear_add_backward", a | {"dx": b["y"]})
         case "cross_entropy_forward", "cross_entropy_backward":
-            names = "dlogits logits targets weights n".split()
+            names = ["dlogits", "logits", "targets", "weights", "n"]
             return Call("cross_entropy", {name: b[name] for name in names})
     return None
 
@@ -223,4 +225,6 @@ def _joined(first: Call, second: Call) -> Call | None:
 def _in_place(calls: list[Call]) -> Iterator[Call]:
     same = {call.args["u"]: call.args["v"] for call in calls if call.op == "relu_forward"}
     for call in calls:
-        yield Call(call.op, {k: same.get(arg, arg) if isinstance(arg, Ref) else arg for k, arg in call.args.items()})
+        yield Call(
+            call.op, {k: same.get(arg, arg) if isinstance(arg, Ref) else arg for k, arg in call.args.items()}
+        )

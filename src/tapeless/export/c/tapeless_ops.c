@@ -12,8 +12,7 @@ static void add_product(float *y, int count, const float *a, int da, const float
     int o = 0;
     for (; o + 8 <= count; o += 8) {
         const float *ak = a, *bk = b + o;
-        float s0 = y[o], s1 = y[o + 1], s2 = y[o + 2], s3 = y[o + 3];
-        float s4 = y[o + 4], s5 = y[o + 5], s6 = y[o + 6], s7 = y[o + 7];
+        float s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
         for (int k = 0; k < terms; k++, ak += da, bk += db) {
             const float c = *ak;
             s0 += c * bk[0];
@@ -25,21 +24,21 @@ static void add_product(float *y, int count, const float *a, int da, const float
             s6 += c * bk[6];
             s7 += c * bk[7];
         }
-        y[o] = s0;
-        y[o + 1] = s1;
-        y[o + 2] = s2;
-        y[o + 3] = s3;
-        y[o + 4] = s4;
-        y[o + 5] = s5;
-        y[o + 6] = s6;
-        y[o + 7] = s7;
+        y[o] += s0;
+        y[o + 1] += s1;
+        y[o + 2] += s2;
+        y[o + 3] += s3;
+        y[o + 4] += s4;
+        y[o + 5] += s5;
+        y[o + 6] += s6;
+        y[o + 7] += s7;
     }
     for (; o < count; o++) {
         const float *ak = a, *bk = b + o;
-        float s = y[o];
+        float s = 0;
         for (int k = 0; k < terms; k++, ak += da, bk += db)
             s += *ak * *bk;
-        y[o] = s;
+        y[o] += s;
     }
 }
 
@@ -516,10 +515,10 @@ void tl_sgd(float *params, float *grads, float *m, int count, float lr, float mo
 }
 
 void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float beta2,
-             float power1, float power2, float eps, float decay, float scale)
+             float power1, float power2, float eps, float weight_decay, float scale)
 {
     const float c1 = 1.0f - power1, c2 = 1.0f - power2;
-    const float keep = 1.0f - decay, new1 = (1.0f - beta1) * scale, new2 = (1.0f - beta2) * scale * scale;
+    const float keep = 1.0f - lr * weight_decay, new1 = (1.0f - beta1) * scale, new2 = (1.0f - beta2) * scale * scale;
     for (int i = 0; i < count; i++) {
         const float g = grads[i];
         const float mi = beta1 * m[i] + new1 * g, vi = beta2 * v[i] + new2 * (g * g);

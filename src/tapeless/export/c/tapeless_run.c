@@ -281,14 +281,22 @@ void tl_begin(uint32_t seed)
 const char *tl_generate(void)
 {
     static char text[TL_LONGEST_TEXT + 1];
-    int token = TL_START, length = 0;
-    for (int position = 0; position < TL_MAX_TOKENS; position++) {
-        float *logits = tl_decode(token, position);
-        token = tl_sample(logits, TL_TEMPERATURE, TL_TEMPERATURE > 0 ? uniform() : 0, TL_VOCAB);
+    static tl_token tokens[TL_MAX_TOKENS];
+    int length = 0;
+    tokens[0] = TL_START;
+    for (int i = 0; i < TL_MAX_TOKENS; i++) {
+        /* Learned positions end at the block: beyond it, the last tokens are read again. */
+        const int first = i < TL_BLOCK ? 0 : i + 1 - TL_BLOCK;
+        float *logits = 0;
+        for (int t = first ? first : i; t <= i; t++)
+            logits = tl_decode(tokens[t], t - first);
+        const int token = tl_sample(logits, TL_TEMPERATURE, TL_TEMPERATURE > 0 ? uniform() : 0, TL_VOCAB);
         if (token == TL_BOS)
             break;
-        for (uint32_t i = tl_text_at[token]; i < tl_text_at[token + 1]; i++)
-            text[length++] = (char)tl_text[i];
+        for (uint32_t k = tl_text_at[token]; k < tl_text_at[token + 1]; k++)
+            text[length++] = (char)tl_text[k];
+        if (i + 1 < TL_MAX_TOKENS)
+            tokens[i + 1] = (tl_token)token;
     }
     text[length] = 0;
     return text;
