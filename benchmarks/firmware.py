@@ -15,52 +15,31 @@ import sys
 import tempfile
 from pathlib import Path
 
+from chips import CHIPS, Chip
+
 HERE = Path(__file__).parent
-MEMORY = {
-    "__flash": "0x80000000",
-    "__flash_size": "0x00200000",
-    "__ram": "0x80200000",
-    "__ram_size": "0x00100000",
-}
-CHIPS = {"hard": ["-march=rv32imafc", "-mabi=ilp32f"], "soft": ["-march=rv32imc", "-mabi=ilp32"]}
 # Reading the counters: with _zicsr in -march, gcc 12 of Debian picks 64-bit libraries.
-FLAGS = [
-    *("-std=gnu99", "-O2", "-fno-math-errno", "-ffp-contract=fast", "-misa-spec=2.2", "-lm"),
-    *("--specs=picolibc.specs", "--oslib=semihost", "--crt0=hosted"),
-    *(f"-Wl,--defsym={name}={value}" for name, value in MEMORY.items()),
-]
-EMULATOR = [
-    *("qemu-system-riscv32", "-M", "virt", "-semihosting-config", "enable=on,target=native", "-nographic"),
-    *("-bios", "none", "-icount", "shift=0", "-kernel"),
-]
+COUNTERS = ("-std=gnu99", "-misa-spec=2.2")
+INNER = "add_product,dot,dots,begin_sum,softmax_row,score_backward,gelu_tanh"  # parts of ops
 
 
-def count(folder: Path, chip: str, each: bool) -> list[list[str]]:
+def count(folder: Path, chip: Chip, each: bool) -> list[list[str]]:
     """Build and run the counting program; with `each` the ops tell of themselves."""
-    sources = [*sorted(folder.glob("tapeless_*.c")), HERE / "firmware" / "count.c"]
-    inner = "add_product,dot,dots,begin_sum,softmax_row,score_backward,gelu_tanh"
-    objects = []
-    for source in sources:
-        told = ["-finstrument-functions", f"-finstrument-functions-exclude-function-list={inner}"]
-        told = told if each and source.name == "tapeless_ops.c" else []
-        objects.append(folder / f"{source.stem}.o")
-        flags = [flag for flag in FLAGS if not flag.startswith(("-Wl", "-l"))]
-        command = ["riscv64-unknown-elf-gcc", *CHIPS[chip], *flags, *told, f"-I{folder}", "-c", source]
-        subprocess.run([*command, "-o", objects[-1]], check=True)
-    program = folder / "count.elf"
-    subprocess.run(["riscv64-unknown-elf-gcc", *CHIPS[chip], *objects, *FLAGS, "-o", program], check=True)
-    result = subprocess.run(
-        [*EMULATOR, program], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
-    )
+    program, ops = folder / "count.elf", folder / "tapeless_ops.c"
+    sources = [path for path in sorted(folder.glob("tapeless_*.c")) if path != ops]
+    sources.append(HERE / "firmware" / "count.c")
+    told = ("-finstrument-functions", f"-finstrument-functions-exclude-function-list={INNER}")
+    chip.compile(folder / "ops.o", [ops], "-c", *COUNTERS, *(told if each else ()))
+    chip.compile(program, [*sources, folder / "ops.o"], *COUNTERS, f"-I{folder}")
     names = {}
-    for line in subprocess.check_output(["riscv64-unknown-elf-nm", program], text=True).splitlines():
+    for line in subprocess.check_output([f"{chip.tools}nm", program], text=True).splitlines():
         address, _, name = line.split()
         names[int(address, 16)] = name
-    rows = [line.split() for line in (result.stdout + result.stderr).splitlines()]
+    rows = [line.split() for line in chip.run(program, "-icount", "shift=0").splitlines()]
     return [[names[int(r[0], 16)] if r[0].startswith("0x") else r[0], *r[1:]] for r in rows]
 
 
-def measure(preset: str, chip: str, data: str | None, steps: int) -> dict[str, float]:
+def measure(preset: str, chip: Chip, data: str | None, steps: int) -> dict[str, float]:
     """Instructions a step: "all", then each op, the most first."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "program"
@@ -85,12 +64,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    chip = CHIPS["riscv-soft" if options.soft else "riscv-hard"]
     for preset in options.presets:
-        result = measure(preset, "soft" if options.soft else "hard", options.data, options.steps)
+        result = measure(preset, chip, options.data, options.steps)
         if options.json:
             print(json.dumps({preset: result}))
             continue
-        print(f"{preset}: instructions a step")
+        print(f"{preset}, {chip.name}: instructions a step")
         for name, n in result.items():
             print(f"  {name:<32}{n:12,.0f}{n / result['all']:8.1%}")
 

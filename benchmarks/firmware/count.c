@@ -57,8 +57,10 @@ QUIET int main(void)
 {
     tl_begin(TL_SEED);
 #if TL_TRAINS
-    for (int i = 0; i < MOST; i++)
+    for (int i = 0; i < MOST; i++) {
         ops[i].op = 0;
+        ops[i].count = ops[i].calls = 0;
+    }
     const uint64_t before = instructions();
     for (int i = 0; i < TL_STEPS; i++)
         tl_train(i);

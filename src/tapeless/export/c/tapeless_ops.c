@@ -521,10 +521,10 @@ void tl_adam(float *params, float *grads, float *m, float *v, int count, float l
     const float keep = 1.0f - lr * weight_decay, new1 = (1.0f - beta1) * scale, new2 = (1.0f - beta2) * scale * scale;
     for (int i = 0; i < count; i++) {
         const float g = grads[i];
-        const float mi = beta1 * m[i] + new1 * g, vi = beta2 * v[i] + new2 * (g * g);
+        const float mi = beta1 * m[i] + new1 * g, vi = beta2 * v[i] + new2 * g * g;
         m[i] = mi;
         v[i] = vi;
-        params[i] = keep * params[i] - lr * ((mi / c1) / (sqrtf(vi / c2) + eps));
+        params[i] = keep * params[i] - lr * mi / c1 / (sqrtf(vi / c2) + eps);
         grads[i] = 0;
     }
 }

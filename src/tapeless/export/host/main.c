@@ -7,6 +7,9 @@
 #ifndef TL_LOG_EVERY
 #define TL_LOG_EVERY 100
 #endif
+#ifndef TL_STOP
+#define TL_STOP TL_STEPS /* or before they are done */
+#endif
 #ifndef TL_SAMPLES
 #define TL_SAMPLES 20
 #endif
@@ -15,7 +18,7 @@ int main(void)
 {
     tl_begin(TL_SEED);
 #if TL_TRAINS
-    for (int i = 0; i < TL_STEPS; i++) {
+    for (int i = 0; i < TL_STOP; i++) {
         const float loss = tl_train(i);
         if (i == 0 || (i + 1) % TL_LOG_EVERY == 0)
             printf("step %d/%d: loss = %.6f\n", i + 1, TL_STEPS, (double)loss);
