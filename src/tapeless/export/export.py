@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tapeless.model import load
 
 WEIGHTS = ("float32", "int8")
 TARGETS = {"esp-idf": "esp32", "arduino": "esp32"}  # where nothing else is said
+SKETCH = re.compile(r"\w([\w.-]{0,61}[\w-])?", re.ASCII)  # Arduino's specification of sketches
 
 
 def export(
@@ -50,6 +52,11 @@ def export(
     if target is not None:
         budget.get_chip(target)
     files.refuse(out, overwrite)
+    if to == "arduino" and not SKETCH.fullmatch(_sketch(out)):
+        raise ConfigError(
+            f"a sketch has the name of its folder, which cannot be {_sketch(out)!r}: choose one of English "
+            "letters, digits, '_', '-' and '.', at most 63, neither '-' nor '.' first, and no '.' last."
+        )
     int8 = weights == "int8"
     firmware = prepare(
         source, mode or ("generate" if int8 else None), None if int8 else data, settings or {}, seed

@@ -24,13 +24,13 @@ class Kind(NamedTuple):
     """A kind of project: what it is called, and where its parts lie."""
 
     name: str
-    own: str | None  # the folder of its own parts, beside this file
+    own: str  # the folder of its own parts, beside this file
     sources: str  # where in the project the C files lie
     host: str | None  # and the program for this machine
 
 
 KINDS = {
-    "c": Kind("a C program", None, ".", "."),
+    "c": Kind("a C program", "plain", ".", "."),
     "esp-idf": Kind("an ESP-IDF project", "esp_idf", "main", "host"),
     "arduino": Kind("an Arduino sketch", "arduino", ".", "host"),
     "wasm": Kind("a web page", "wasm", ".", None),
@@ -47,8 +47,7 @@ def files(kind: Kind, about: dict[str, Any]) -> dict[str, str]:
         keep_trailing_newline=True,
     )
     env.filters |= {"c": number, "comment": comment}
-    parts = [("c", kind.sources)]
-    parts += [(kind.own, ".")] if kind.own else []
+    parts = [("c", kind.sources), (kind.own, ".")]
     parts += [("host", kind.host)] if kind.host else []
     written = {}
     for folder, target in parts:

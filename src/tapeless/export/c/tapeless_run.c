@@ -54,6 +54,7 @@ static uint32_t random_word(void)
     return y ^ (y >> 18);
 }
 
+#if TL_GENERATES || TL_DRAWS_WEIGHTS
 /* 53 random bits */
 static uint64_t random_bits(void)
 {
@@ -65,6 +66,7 @@ static float uniform(void)
 {
     return (float)random_bits() * 0x1p-53f;
 }
+#endif
 
 #if TL_TRAINS
 /* A whole number below n: as many bits as n has, until they are below it */
@@ -98,10 +100,12 @@ static uint32_t random_word(void)
     return state;
 }
 
+#if TL_GENERATES || TL_DRAWS_WEIGHTS
 static float uniform(void)
 {
     return (float)random_word() * 0x1p-32f;
 }
+#endif
 
 #if TL_TRAINS
 static uint32_t below(uint32_t n)
@@ -142,10 +146,12 @@ static uint64_t random_bits(void)
     return ((folded >> turn) | (folded << ((64 - turn) & 63))) >> 11;
 }
 
+#if TL_GENERATES
 static float uniform(void)
 {
     return (float)random_bits() * 0x1p-53f;
 }
+#endif
 
 #if TL_TRAINS
 static uint32_t below(uint32_t n)
