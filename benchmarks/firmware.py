@@ -1,6 +1,7 @@
-"""Instructions that a training step takes on an emulated RISC-V chip, in all and in each op.
+"""Instructions that a training step takes on an emulated RISC-V chip, in all and in each op; sizes.
 
     python benchmarks/firmware.py [PRESET]... [--soft] [--data FILE] [--json]
+    python benchmarks/firmware.py [PRESET]... --sizes
 
 Needs Debian's gcc-riscv64-unknown-elf, picolibc-riscv64-unknown-elf and qemu-system-misc. QEMU's -icount
 makes the chip's own counter, minstret, exact; in a second run the ops tell when they begin and end.
@@ -52,6 +53,39 @@ def measure(preset: str, chip: Chip, data: str | None, steps: int) -> dict[str, 
     return {"all": int(whole[1]) / steps, **dict(ops)}
 
 
+def sizes(preset: str) -> None:
+    """Static RAM and flash on every chip, as `size` reads them: of a program that trains and generates, and
+    of one that generates with trained weights, in float32 and in int8."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tapeless = [sys.executable, "-m", "tapeless"]
+        training = [
+            "train",
+            "--preset",
+            preset,
+            "--steps",
+            "1",
+            "--engine",
+            "reference",
+            "--out",
+            folder / "run",
+        ]
+        subprocess.run([*tapeless, *training], check=True, capture_output=True)
+        for what, *arguments in (
+            ("trains and generates", preset),
+            ("generates", folder / "run"),
+            ("generates, int8", folder / "run", "--weights", "int8"),
+        ):
+            target = folder / what
+            subprocess.run(
+                [*tapeless, "export", *arguments, "--out", target], check=True, capture_output=True
+            )
+            for chip in CHIPS.values():
+                chip.compile(target / "program.elf", sorted(target.glob("*.c")), "-std=c99")
+                ram, flash = chip.size(target / "program.elf")
+                print(f"{preset:<16}{what:<24}{chip.name:<14}{ram:10,} RAM{flash:10,} flash")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,9 +97,13 @@ def main() -> None:
     parser.add_argument("--data", help="documents; the built-in names")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--sizes", action="store_true", help="static RAM and flash in place of instructions")
     options = parser.parse_args()
     chip = CHIPS["riscv-soft" if options.soft else "riscv-hard"]
     for preset in options.presets:
+        if options.sizes:
+            sizes(preset)
+            continue
         result = measure(preset, chip, options.data, options.steps)
         if options.json:
             print(json.dumps({preset: result}))
