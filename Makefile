@@ -4,12 +4,18 @@
 # make lint          ruff, formatting, type checks
 # make format        let ruff put the formatting right
 # make bench         how fast this machine is, and what share of its peak
+# make packages      Debian's compilers, emulated chips and browser for testing exported programs (as root)
 
 PYTHON ?= python3
+PACKAGES := gcc g++ clang libclang-rt-14-dev \
+	gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf qemu-system-misc \
+	gcc-arm-none-eabi picolibc-arm-none-eabi qemu-system-arm \
+	gcc-xtensa-lx106 picolibc-xtensa-lx106-elf \
+	lld wasi-libc libclang-rt-14-dev-wasm32 chromium
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oracles lint format bench clean
+.PHONY: demo test test-oracles lint format bench packages clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tapeless train
@@ -31,6 +37,11 @@ format: $(VENV)/.linted
 
 bench: $(VENV)/.installed
 	$(BIN)/tapeless bench
+
+# Tests that need one of these leave out what they cannot do without it, and say so.
+packages:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(PACKAGES)
 
 clean:
 	rm -rf $(VENV) build dist

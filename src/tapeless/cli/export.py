@@ -19,7 +19,9 @@ def export(
     to: Annotated[
         str, typer.Option(metavar="KIND", help="c, esp-idf, arduino, or wasm: a page for the browser.")
     ] = "c",
-    out: Annotated[Path | None, option("Folder to write.", "DIR", "none: it must be given")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)
+    ] = None,
     mode: Annotated[
         str | None, option("train, generate, or both.", "NAME", "both for a preset, generate for a run")
     ] = None,
@@ -54,8 +56,8 @@ def export(
 ) -> None:
     """Write a model as a C program for a microcontroller, this machine or the browser.
 
-    From a preset the program trains from the beginning, as train does it, and then
-    generates; from a trained model it generates.
+    From a preset, the program trains as tapeless train does, then generates; from
+    a trained model it generates.
     """
     from tapeless.errors import ConfigError
     from tapeless.export.export import export as export_model
@@ -74,7 +76,7 @@ def export(
             draw_memory(source, trace, draw)
             say(f"Saved in {draw}.")
         return
-    if out is None:
+    if out is None or not out.name:  # of nothing, or the present folder
         raise ConfigError("export writes a folder: name it with --out DIR.")
     export_model(
         source, to, out, mode=mode, data=data, settings=settings, seed=seed, weights=weights, target=target,

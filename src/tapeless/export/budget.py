@@ -73,7 +73,9 @@ def budget(firmware: Firmware, quantised: Quantised | None, chip: Chip) -> list[
     sizes = {what: _total(v for v in values if v.name[0] == kind) for what, kind in kinds}
     apart = ", ".join(f"{what} {size:,}" for what, size in sizes.items() if size)
     rows.append(Row("working memory", 4 * layout.shared, 0, f"of {sum(sizes.values()):,}: {apart}"))
-    rows.append(Row("random numbers, a text", RANDOM[firmware.random] + longest_text(firmware) + 16, 0))
+    other = RANDOM[firmware.random] + longest_text(firmware) + 16
+    other += 4 * firmware.training.batch_size if firmware.trains else 0
+    rows.append(Row("random numbers, a batch, a text", other, 0))
     rows.append(Row("stack, at most", STACK, 0))
     rows.append(Row("code", 0, CODE[chip.hard_float] + (TRAINING_CODE if firmware.trains else 0)))
     if size := weight_bytes(firmware, quantised):
@@ -113,7 +115,7 @@ REMEDIES = {
     "Adam's moments": "Train a smaller model, or export a trained one to generate only.",
     "momentum": "Train a smaller model, or export a trained one to generate only.",
     "working memory": "Set a smaller block_size, or recompute=true.",
-    "random numbers, a text": "Set smaller max_tokens.",
+    "random numbers, a batch, a text": "Set a smaller batch_size or smaller max_tokens.",
     "weights": "Try --weights int8, or a smaller model.",
     "documents": "Give fewer of them with --data.",
     "tokenizer": "Use a model with fewer tokens.",

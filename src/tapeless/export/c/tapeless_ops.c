@@ -236,9 +236,8 @@ static void softmax_row(float *p, const float *q, const float *k, int stride, in
         p[j] = expf(p[j] - top);
         total += p[j];
     }
-    total = 1.0f / total;
     for (int j = 0; j < keys; j++)
-        p[j] *= total;
+        p[j] /= total;
 }
 
 void tl_attention_forward(float *out, float *probs, const float *qkv, int n, int H, int T, int C)
@@ -517,14 +516,15 @@ void tl_sgd(float *params, float *grads, float *m, int count, float lr, float mo
 void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float beta2,
              float power1, float power2, float eps, float weight_decay, float scale)
 {
-    const float c1 = 1.0f - power1, c2 = 1.0f - power2;
+    /* m / (1 - power1) over sqrt(v / (1 - power2)) + eps, with what is the same for all taken out of it */
+    const float root = sqrtf(1.0f - power2), rate = root * lr / (1.0f - power1), least = eps * root;
     const float keep = 1.0f - lr * weight_decay, new1 = (1.0f - beta1) * scale, new2 = (1.0f - beta2) * scale * scale;
     for (int i = 0; i < count; i++) {
         const float g = grads[i];
         const float mi = beta1 * m[i] + new1 * g, vi = beta2 * v[i] + new2 * g * g;
         m[i] = mi;
         v[i] = vi;
-        params[i] = keep * params[i] - lr * mi / c1 / (sqrtf(vi / c2) + eps);
+        params[i] = keep * params[i] - rate * mi / (sqrtf(vi) + least);
         grads[i] = 0;
     }
 }

@@ -247,7 +247,7 @@ static float learning_rate(int step)
 
 float tl_train(int step)
 {
-    uint32_t chosen[TL_BATCH];
+    static uint32_t chosen[TL_BATCH];
     int n, tokens = 0;
     float loss = 0;
     for (int i = 0; i < TL_BATCH; i++) {
