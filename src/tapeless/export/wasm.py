@@ -7,17 +7,29 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-NEEDED = "clang, lld, wasi-libc and libclang-rt-14-dev-wasm32 (packages of Debian)"
+PROGRAMS = ("make", "clang", "wasm-ld")
+NEEDED = "clang, lld, wasi-libc and libclang-rt-dev-wasm32 (packages of Debian)"
 
 
 def build(folder: Path, say: Callable[[str], object]) -> None:
     """Compile the program in `folder` if there is a compiler for it, or say how to."""
-    if shutil.which("clang") is None or shutil.which("make") is None:
-        say(f"It is to be compiled with make, which needs {NEEDED}.")
+    for name in ("index.html", "tapeless.wasm"):  # of a model that was there before
+        (folder / name).unlink(missing_ok=True)
+    if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
+        say(f"Not compiled, for want of {' and '.join(missing)}: {_later(folder)}")
         return
     result = subprocess.run(["make", "-s"], cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode:
-        reason = (result.stderr.strip() or "make failed").splitlines()[0]
-        say(f"It could not be compiled ({reason}): make needs {NEEDED}.")
+        say(f"Not compiled ({_reason(result.stderr)}): {_later(folder)}")
         return
     say(f"Open {folder / 'index.html'} in a browser.")
+
+
+def _later(folder: Path) -> str:
+    return f"make in {folder} makes index.html, and needs {NEEDED}."
+
+
+def _reason(messages: str) -> str:
+    """The first error among a compiler's messages."""
+    lines = messages.strip().splitlines() or ["make failed"]
+    return next((line for line in lines if "error:" in line), lines[0])
