@@ -72,6 +72,28 @@ def test_without_floating_point_names_are_the_same(preset, tmp_path):
     assert texts == expected.samples
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("preset", PRESETS)
+def test_without_floating_point_a_whole_run_is_the_same(preset, tmp_path):
+    seed = SEEDS.get(preset, 42)
+    folder = export(preset, "--seed", seed, out=tmp_path / "program")
+    losses, texts = on_chip(CHIPS["riscv-soft"], folder)
+    expected = reference(preset, "names", seed)
+    np.testing.assert_allclose(losses, expected.losses, atol=1e-4)
+    assert texts == expected.samples
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("preset", ["microgpt", "esp32gpt", "esp32gpt-rms"])
+def test_this_machine_repeats_the_published_runs(preset, names, tmp_path):
+    needs("make", "cc")
+    folder = export(preset, "--data", names, out=tmp_path / "program")
+    run("make", "CFLAGS=-O2 -DTL_LOG_EVERY=1", cwd=folder)
+    losses, texts = told(run(folder / "tapeless", cwd=folder))
+    np.testing.assert_allclose(losses, reference(preset, names, 42).losses, atol=1e-4)
+    assert texts == reference(preset, names, 42).samples
+
+
 @pytest.mark.parametrize("name", HARD_FLOAT)
 def test_esp32gpt_ends_with_its_published_figures(name, names, tmp_path):
     folder = export("esp32gpt", "--data", names, out=tmp_path / "program")

@@ -125,3 +125,8 @@ def test_the_commands_of_the_page_on_gpt2_can_be_run_in_turn(tmp_path):
         words = command.replace("--tokenizer gpt2", f"--tokenizer {gpt2_files()}").split()
         told = succeeds(*("input.txt" if word == "*.txt" else word for word in words), cwd=tmp_path)
         assert "Train with: tapeless train" in told.stderr
+
+
+def test_the_picture_of_memory_is_of_this_code(tmp_path):
+    succeeds("export", "microgpt", "--draw", "memory.svg", cwd=tmp_path)
+    assert (tmp_path / "memory.svg").read_text() == (ROOT / "docs" / "microgpt-memory.svg").read_text()

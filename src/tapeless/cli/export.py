@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -80,5 +81,15 @@ def export(
         raise ConfigError("export writes a folder: name it with --out DIR.")
     export_model(
         source, to, out, mode=mode, data=data, settings=settings, seed=seed, weights=weights, target=target,
-        overwrite=overwrite, command=shlex.join(["tapeless", *sys.argv[1:]]), say=say,
+        overwrite=overwrite, command=_typed(sys.argv[1:]), say=say,
     )  # fmt: skip
+
+
+def _typed(words: list[str]) -> str:
+    """The command, but for where it wrote to."""
+    kept = [
+        word
+        for before, word in pairwise(["tapeless", *words])
+        if before != "--out" and word not in ("--out", "--overwrite") and not word.startswith("--out=")
+    ]
+    return shlex.join(["tapeless", *kept])
