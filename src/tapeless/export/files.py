@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tapeless.errors import RunError
-from tapeless.export.program import comment, number
+from tapeless.export.program import comment
+from tapeless.export.weights import number
 from tapeless.io import runs
 
 

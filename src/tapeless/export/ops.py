@@ -23,6 +23,7 @@ class Op(NamedTuple):
     updates: str = ""  # what it adds to
     in_place: str = ""  # "y x": y may take the place of x, where x is not needed any more
     scratch: str = ""  # numbers to work with, as a dimension: `*` in `c`
+    name: str = ""  # of the C function, behind tl_, where it has another one
 
 
 OPS = {
@@ -54,19 +55,20 @@ OPS = {
     "mhc_contract_forward": Op("out x contract n x.0 x.1 x.2", "out"),
     "mhc_contract_backward": Op("dx dcontract dout x contract n x.0 x.1 x.2", "dx", "dcontract"),
     "zero": Op("x n*x.1", "x"),
-    "accumulate": Op("y x n*x.1", updates="y"),
+    "accumulate": Op("y x n*x.1", updates="y", name="add"),
     "add_forward": Op("", "y"),  # always part of a product: see `fused`
     "cross_entropy_forward": Op("", "loss stats"),  # one with its backward
     "cross_entropy_backward": Op("", "dlogits"),
     # What `trace.fused` makes of two of them:
-    "linear_add_forward": Op("y r x w b n w.0 w.1", "y", in_place="y r"),
-    "linear_add_backward": Op("dx dw db dy x w n w.0 w.1 1", updates="dx dw db"),
+    "linear_add_forward": Op("y r x w b n w.0 w.1", "y", in_place="y r", name="linear_forward"),
+    "linear_add_backward": Op("dx dw db dy x w n w.0 w.1 1", updates="dx dw db", name="linear_backward"),
     "cross_entropy": Op("dlogits logits targets weights n logits.1", "dlogits", in_place="dlogits logits"),
     "global_norm": Op("grads grads.0"),
     "sgd": Op("params grads m grads.0 lr momentum scale", updates="params grads m"),
     "adamw": Op(
         "params grads m v grads.0 lr beta1 beta2 power1 power2 eps weight_decay scale",
         updates="params grads m v",
+        name="adam",
     ),
 }
 

@@ -14,18 +14,11 @@ from tapeless.export.int8 import Quantised
 from tapeless.export.lifetimes import Arena, Placed, dimension, plans
 from tapeless.export.ops import OPS
 from tapeless.export.trace import Ref
-from tapeless.init import initialise
-from tapeless.layout import Plan, n_params, parameter_plan
+from tapeless.export.weights import begin, number
+from tapeless.layout import n_params, parameter_plan
 
 PLACES_EVERY = 16  # documents; those between are found by walking
 TOKEN_TYPES = {"uint8_t": 1, "uint16_t": 2, "uint32_t": 4}  # and their bytes
-C_NAMES = {
-    "linear_add_forward": "linear_forward",
-    "linear_add_backward": "linear_backward",
-    "zero": "zero",
-    "accumulate": "add",
-    "adamw": "adam",
-}
 
 
 class Memory(NamedTuple):
@@ -59,13 +52,8 @@ def memory(firmware: Firmware) -> Memory:
 # ---------------------------------------------------------------- C
 
 
-def number(x: float) -> str:
-    """A float of C that is this float32 exactly."""
-    return f"{np.float32(x)!s}f"
-
-
 def identifier(name: str) -> str:
-    """ "a.qkv[0]" as a_qkv_0; what it holds at its second time ("a.f 2") as a_f_v2."""
+    """A buffer's name for C: a.qkv[0] is a_qkv_0, and what it holds the second time, "a.f 2", a_f_v2."""
     return re.sub(r"\W+", "_", name.replace(" ", "_v").replace("]", "").strip())
 
 
@@ -84,6 +72,7 @@ class Writer:
         self._in_ram = firmware.trains
         self._quantised = quantised
         self._parameters = n_params(firmware.config)
+        self._step = any(placed.call.op == "cross_entropy" for placed in arena.calls)  # not decoding
         self.used: dict[str, tuple[str, str]] = {}  # names of parameters and gradients: place, shape
 
     def calls(self) -> Iterator[str]:
@@ -103,13 +92,12 @@ class Writer:
         ]
 
     def _call(self, placed: Placed) -> str:
-        call, op = placed.call, OPS[placed.call.op]
-        words, name = op.c.split(), C_NAMES.get(call.op, call.op)
         if self._quantised is not None and (int8 := self._int8(placed)):
             return int8
-        arguments = ", ".join(self._word(word, placed) for word in words)
-        returned = "loss += " if call.op == "cross_entropy" else ""
-        return f"{returned}tl_{name}({arguments});"
+        name, op = placed.call.op, OPS[placed.call.op]
+        arguments = ", ".join(self._word(word, placed) for word in op.c.split())
+        returned = "loss += " if name == "cross_entropy" else ""
+        return f"{returned}tl_{op.name or name}({arguments});"
 
     def _int8(self, placed: Placed) -> str | None:
         """A product with weights in int8, of one row."""
@@ -156,10 +144,6 @@ class Writer:
             return here.get(value, value)
         return str(value) if isinstance(value, int) else number(value)
 
-    @property
-    def _step(self) -> bool:
-        return any(placed.call.op == "cross_entropy" for placed in self.arena.calls)
-
     def _address(self, ref: Ref, held: str | None) -> str:
         if not ref.size:
             return "NULL"
@@ -200,56 +184,7 @@ def _optimiser(firmware: Firmware) -> Iterator[str]:
                 words.append(str(dimension(call, word)))
             else:
                 words.append(value if isinstance(value, str) else number(value))
-        yield f"tl_{C_NAMES.get(call.op, call.op)}({', '.join(words)});"
-
-
-# ---------------------------------------------------------------- first weights
-
-
-class _Counting:
-    """In the place of a random generator: the k-th number that it gives says so."""
-
-    MARK = 1e9
-
-    def __init__(self) -> None:
-        self.drawn = 0
-        self.draws: list[tuple[int, int, float]] = []  # first, count, standard deviation
-
-    def gauss(self, n: int, std: float) -> np.ndarray:
-        first, self.drawn = self.drawn, self.drawn + n
-        self.draws.append((first, n, std))
-        return self.MARK + np.arange(first, self.drawn)
-
-
-def _begin(firmware: Firmware) -> Iterator[str]:
-    """The first weights: `initialise`, written down as it was seen to fill the buffer."""
-    config = firmware.config
-    if firmware.weights is not None:
-        yield f"tl_add(ram, tl_weights, {n_params(config)});"
-        return
-    layout: Plan = parameter_plan(config, np.float64)
-    buffer = layout.allocate()
-    flat, counting = buffer.view(np.float64), _Counting()
-    initialise(layout.views("p", buffer), config, counting)  # type: ignore[arg-type]
-    where = np.empty(counting.drawn, np.int64)
-    drawn = flat >= counting.MARK
-    where[(flat[drawn] - counting.MARK).astype(np.int64)] = np.flatnonzero(drawn)
-    for first, count, std in counting.draws:
-        places = where[first : first + count]
-        across = places[1] - places[0] if count > 1 else 1
-        line = np.flatnonzero(np.diff(places) != across)
-        columns = int(line[0]) + 1 if len(line) else count
-        down = int(places[columns] - places[0]) if columns < count else 0
-        rows = count // columns
-        affine = places[0] + np.add.outer(np.arange(rows) * down, np.arange(columns) * across).ravel()
-        assert np.array_equal(affine, places)
-        # 1 / 0.1 and 1 / 0.08 are floats, 0.1 and 0.08 are not: divided by them, weights are rounded once.
-        yield f"draw(ram + {places[0]}, {rows}, {columns}, {down}, {across}, {number(1 / std)});"
-    rest = np.where(drawn, 0, flat)
-    for run in np.split(np.arange(len(rest)), np.flatnonzero(np.diff(rest)) + 1):
-        if rest[run[0]]:
-            yield f"for (int i = {run[0]}; i < {run[-1] + 1}; i++)"
-            yield f"    ram[i] = {number(rest[run[0]])};"
+        yield f"tl_{OPS[call.op].name or call.op}({', '.join(words)});"
 
 
 # ---------------------------------------------------------------- files
@@ -259,53 +194,52 @@ def _table(about: str, kind: str, name: str, values: Iterable[str], wide: int) -
     return {"about": about, "type": kind, "name": name, "numbers": list(values), "wide": wide}
 
 
-def context(firmware: Firmware, command: str, quantised: Quantised | None = None) -> dict[str, Any]:
-    """What the templates are filled with."""
-    f, layout = firmware, memory(firmware)
-    P, vocab = n_params(f.config), f.config.vocab
-    parts, about = [], []
-    writers: dict[str, Writer | None] = {"step": None, "decode": None}
-    for name, arena in (("step", layout.step), ("decode", layout.decode)):
-        if arena is not None:
-            writers[name] = Writer(f, arena, layout.kept, quantised if name == "decode" else None)
-    calls = {name: list(writer.calls()) if writer else [] for name, writer in writers.items()}
-    used: dict[str, tuple[str, str]] = {}
-    for writer in writers.values():
-        used |= writer.used if writer else {}
-    rows = [(name, *place) for name, place in sorted(used.items(), key=lambda item: _place(item[1][0]))]
-    parts.append(
-        {"about": "Parameters, and their gradients", "names": rows}
-        if f.trains
-        else {"about": "Parameters", "names": rows}
-    )
-    if f.trains:
-        about.append(f"parameters, gradients and moments ({layout.kept:,} numbers)")
-    for name, what in (("step", "a training step"), ("decode", "generating")):
-        writer = writers[name]
-        if writer:
-            about.append(f"what {what} works with ({writer.arena.size:,})")
-            parts.append({"about": f"What {what} works with", "names": writer.places()})
-    tables = []
+def _tables(firmware: Firmware, quantised: Quantised | None) -> list[dict[str, Any]]:
+    """The weights in flash."""
     if quantised is not None:
         tables = [
             _table("Weights, row by row", "int8_t", "tl_weights_int8", map(str, quantised.values), 24),
             _table("A row's scale", "float", "tl_scales", map(number, quantised.scales), 8),
         ]
-        if quantised.kept.size:
-            tables.append(_table("Other parameters", "float", "tl_weights", map(number, quantised.kept), 8))
-    elif f.weights is not None:
-        tables = [_table("The weights", "float", "tl_weights", map(number, f.weights), 8)]
-    data_about = []
-    if f.trains:
-        data_about.append("documents")
-    if f.generates:
-        data_about.append("the text of each token")
+        others = _table("Other parameters", "float", "tl_weights", map(number, quantised.kept), 8)
+        return [*tables, others] if quantised.kept.size else tables
+    if firmware.weights is None:
+        return []
+    return [_table("The weights", "float", "tl_weights", map(number, firmware.weights), 8)]
+
+
+def _code(firmware: Firmware, quantised: Quantised | None) -> dict[str, Any]:
+    """The calls of a step and of decoding, and where everything lies that they name."""
+    layout = memory(firmware)
+    told = [f"parameters, gradients and moments ({layout.kept:,} numbers)"] if firmware.trains else []
+    calls: dict[str, list[str]] = {"step": [], "decode": []}
+    used: dict[str, tuple[str, str]] = {}
+    parts = []
+    for part, what in (("step", "a training step"), ("decode", "generating")):
+        arena = getattr(layout, part)
+        if arena is None:
+            continue
+        writer = Writer(firmware, arena, layout.kept, quantised if part == "decode" else None)
+        calls[part] = list(writer.calls())
+        used |= writer.used
+        told.append(f"what {what} works with ({arena.size:,})")
+        parts.append({"about": f"What {what} works with", "names": writer.places()})
+    parameters = [(name, *place) for name, place in sorted(used.items(), key=lambda item: _place(item[1][0]))]
+    about = "Parameters, and their gradients" if firmware.trains else "Parameters"
+    places = [{"about": about, "names": parameters}, *parts]
+    return {"ram": layout.size, "ram_about": ", ".join(told), "places": places, **calls}
+
+
+def context(firmware: Firmware, command: str, quantised: Quantised | None = None) -> dict[str, Any]:
+    """What the templates are filled with."""
+    f = firmware
+    held = (["documents"] if f.trains else []) + (["the text of each token"] if f.generates else [])
     text, text_at, _ = _texts(f)
     return {
         "title": comment(f.title),
         "command": comment(command),
-        "parameters": P,
-        "vocab": vocab,
+        "parameters": n_params(f.config),
+        "vocab": f.config.vocab,
         "block": f.config.block_size,
         "bos": -1 if f.tokenizer.bos is None else f.tokenizer.bos,
         "start": f.tokenizer.start,
@@ -326,19 +260,13 @@ def context(firmware: Firmware, command: str, quantised: Quantised | None = None
         "places_every": PLACES_EVERY,
         "stream": f.documents.stream.tolist() if f.documents else [],
         "places_of_documents": f.documents.starts[::PLACES_EVERY].tolist() if f.documents else [],
-        "ram": layout.size,
-        "ram_about": ", ".join(about),
-        "places": parts,
-        "tables": tables,
+        "tables": _tables(f, quantised),
         "int8": quantised is not None,
-        "step": calls["step"],
-        "decode": calls["decode"],
         "optimiser": list(_optimiser(f)) if f.trains else [],
-        "begin": list(_begin(f)) if f.trains else [],
-        "logits": next((identifier(v.name) for v in layout.decode.values if v.name == "c.logits"), "")
-        if layout.decode
-        else "",
-        "data_about": " and ".join(data_about),
+        "begin": list(begin(f.config, f.weights is None)) if f.trains else [],
+        "logits": identifier("c.logits"),
+        **_code(f, quantised),
+        "data_about": " and ".join(held),
     }
 
 
