@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import tapeless as tl
 from commands import contents, refused, succeeds, tapeless
 from firmware import STRICT, export, needs, run
+from tapeless.data.tokenizers import CharTokenizer
 from tapeless.settings import parse_setting
 
 EACH = "-DTL_LOG_EVERY=1"
@@ -144,7 +148,6 @@ def test_a_run_can_be_trained_further(trained_run, tmp_path):
         steps=12,
         engine="reference",
         dtype="float32",
-        samples=20,
         progress=False,
     )
     np.testing.assert_allclose(losses, expected.losses, atol=1e-4)
@@ -284,3 +287,114 @@ def test_the_trace_is_shown_and_drawn(tmp_path):
     svg = (tmp_path / "memory.svg").read_text()
     assert svg.startswith("<svg ")
     assert "a.qkv[0]: 3,072 bytes" in svg
+
+
+# ---------------------------------------------------------------- what was found by trying
+
+
+def test_a_beta_near_one_keeps_its_digits(tmp_path):
+    """1 − 0.9999 has few digits in float32: kept as it is, not as β."""
+    pairs = ("beta2=0.9999", "beta1=0.95")
+    sets = [word for pair in pairs for word in ("--set", pair)]
+    folder = export("microgpt", "--steps", 150, "--mode", "train", *sets, out=tmp_path / "program")
+    losses, _ = told(build(folder, EACH))
+    np.testing.assert_allclose(losses, trained("microgpt", 150, pairs).losses, atol=1e-5)
+
+
+def test_a_tiny_epsilon_divides_nothing_by_zero(tmp_path):
+    folder = export("microgpt", "--steps", 10, "--set", "eps=1e-45", out=tmp_path / "program")
+    losses, _ = told(build(folder, EACH))
+    assert np.isfinite(losses).all()
+
+
+def test_a_loss_that_is_no_number_ends_the_program(tmp_path):
+    folder = export("esp32gpt", "--set", "lr=999999", out=tmp_path / "program")
+    program = folder / "program"
+    needs("gcc")
+    run("gcc", *STRICT, *sorted(folder.glob("*.c")), "-lm", "-o", program, cwd=folder)
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1].endswith("is no number: try a smaller learning rate")
+
+
+def test_texts_of_several_lines_have_a_line_between(tmp_path):
+    config = tl.presets["microgpt"].model.replace(vocab_size=3)
+    tl.GPT(config, seed=1, tokenizer=CharTokenizer("\nab", None, False)).save(tmp_path / "run")
+    output = build(
+        export(tmp_path / "run", "--set", "samples=5", "--set", "max_tokens=30", out=tmp_path / "program")
+    )
+    arguments = ("-n", 5, "--temperature", 0.8, "--max-tokens", 30, "--engine", "reference")
+    assert output == succeeds("sample", tmp_path / "run", *arguments, cwd=tmp_path).stdout
+    assert output.count("---\n") == 4
+
+
+@pytest.mark.parametrize(
+    "sets", [("max_tokens=3000",), ("batch_size=300",), ("optimiser=sgd", "momentum=0.9")]
+)
+def test_the_budget_is_static_ram_to_the_byte(sets, tmp_path):
+    needs("gcc", "size")
+    words = [word for pair in sets for word in ("--set", pair)]
+    folder = export("microgpt", *words, out=tmp_path / "program")
+    objects = []
+    for source in sorted(folder.glob("tapeless_*.c")):
+        objects.append(tmp_path / f"{source.stem}.o")
+        run("gcc", "-std=c99", "-O2", "-c", source, "-o", objects[-1], cwd=tmp_path)
+    table = run("size", "-A", *objects, cwd=tmp_path)
+    static = sum(int(n) for n in re.findall(r"^\.(?:data|bss)\s+(\d+)", table, re.MULTILINE))
+    output = tapeless("budget", "microgpt", "--target", "esp32", *words, cwd=tmp_path).stdout
+    ram, stack = (
+        int(re.search(rf"{what} +([\d,]+)", output)[1].replace(",", ""))
+        for what in ("total", "stack, at most")
+    )
+    assert abs(ram - stack - static) <= 64  # the gaps between variables are the linker's
+
+
+def test_another_project_in_its_place_leaves_nothing_of_the_first(trained_run, tmp_path):
+    folder = export("microgpt", "--to", "esp-idf", out=tmp_path / "project")
+    (folder / "main" / "mine.c").write_text("")
+    succeeds("export", trained_run, "--to", "arduino", "--out", folder, "--overwrite", cwd=tmp_path)
+    alone = contents(export(trained_run, "--to", "arduino", out=tmp_path / "alone"))
+    assert contents(folder).keys() - {"main/mine.c"} == {n.replace("alone.ino", "project.ino") for n in alone}
+
+
+def test_a_damaged_list_of_files_takes_nothing_else_away(tmp_path):
+    folder = export("microgpt", "--steps", 5, out=tmp_path / "program")
+    (tmp_path / "mine.txt").write_text("mine")
+    (folder / ".tapeless-export").write_text(f"../mine.txt\n{tmp_path / 'mine.txt'}\n\n.\n")
+    succeeds("export", "microgpt", "--steps", 5, "--out", folder, "--overwrite", cwd=tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("training", ['{"foo": 1}', "null", "[]", '{"steps": -1}'])
+def test_a_damaged_run_is_refused(trained_run, training, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained_run, folder)
+    about = json.loads((folder / "config.json").read_text())
+    about["training"] = json.loads(training)
+    (folder / "config.json").write_text(json.dumps(about))
+    line = refused("export", folder, "--out", "p", cwd=tmp_path)
+    assert "does not describe a training run" in line
+
+
+def test_counts_that_a_chip_cannot_hold_are_refused(tmp_path):
+    line = refused("export", "microgpt", "--steps", 3_000_000_000, "--out", "p", cwd=tmp_path)
+    assert "steps × batch_size must be below 2,147,483,647 on a chip" in line
+
+
+def test_options_that_would_do_nothing_are_refused(trained_run, tmp_path):
+    for option in (("--out", "p"), ("--to", "c"), ("--mode", "train"), ("--target", "esp32"), ("--seed", 1)):
+        assert "leave --" in refused("export", "microgpt", "--show", *option, cwd=tmp_path)
+    assert "n_embd" in refused("export", trained_run, "--show", "--set", "n_embd=32", cwd=tmp_path)
+    assert "no threads" in refused("budget", "microgpt", "--target", "esp32", "--threads", 2, cwd=tmp_path)
+    line = refused("export", "microgpt", "--to", "esp-idf", "--target", "stm32f4", "--out", "p", cwd=tmp_path)
+    assert "stm32f4 is no chip of ESP-IDF's" in line
+
+
+def test_a_run_is_called_by_its_folder_from_inside_too(trained_run, tmp_path):
+    succeeds("export", ".", "--out", tmp_path / "program", cwd=trained_run)
+    assert '#define TL_NAME "letters"' in (tmp_path / "program" / "tapeless_model.h").read_text()
+
+
+def test_a_budget_may_be_of_int8_weights(trained_run, tmp_path):
+    output = succeeds("budget", trained_run, "--target", "esp32", "--weights", "int8", cwd=tmp_path).stdout
+    assert re.search(r"weights +4,876 +int8", output)

@@ -25,7 +25,7 @@ NASTY = ['a"b', "it's", "back\\slash\\", "c*/d", "what??/", "/*x", "//y", "%s%d"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of few steps, in a folder whose name no C compiler and no shell should meet unguarded."""
     folder = tmp_path_factory.mktemp("models") / "odd */ folder" / 'it\'s a "model" *\\??'
-    arguments = ("--engine", "reference", "--steps", 20, "--samples", 1)
+    arguments = ("--engine", "reference", "--steps", 20)
     succeeds("train", *arguments, "--out", folder, cwd=folder.parents[2])
     return folder
 

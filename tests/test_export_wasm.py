@@ -17,7 +17,7 @@ from firmware import export, needs, run
 
 STEPS, TEXTS, EVERY = 60, 20, 25
 SETTINGS = ("--steps", STEPS, "--set", f"sample_every={EVERY}")
-FILES = {"Makefile", "README.md", "page.html"} | {
+FILES = {".tapeless-export", "Makefile", "README.md", "page.html"} | {
     f"tapeless_{name}" for name in ("data.c", "model.c", "model.h", "ops.c", "ops.h", "run.c", "run.h")
 }
 PARAMETERS = {"microgpt": 4192, "esp32gpt": 4192}

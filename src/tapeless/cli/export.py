@@ -18,8 +18,8 @@ def export(
         str, typer.Argument(metavar="MODEL", help="A preset, or a trained model: a run folder.")
     ],
     to: Annotated[
-        str, typer.Option(metavar="KIND", help="c, esp-idf, arduino, or wasm: a page for the browser.")
-    ] = "c",
+        str | None, option("c, esp-idf, arduino, or wasm: a page for the browser.", "KIND", "c")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)
     ] = None,
@@ -64,13 +64,17 @@ def export(
     from tapeless.export.export import export as export_model
 
     settings = parse_settings(set_) | ({} if steps is None else {"steps": steps})
+    unused = {"to": to, "out": out, "mode": mode, "data": data, "seed": seed, "target": target}
     if show or draw is not None:
         from tapeless.export.drawing import check_path, draw_memory
         from tapeless.export.firmware import trace_of
 
+        for name, value in unused.items():
+            if value is not None:
+                raise ConfigError(f"--show and --draw are of the trace alone: leave --{name} out.")
         if draw is not None:
             check_path(draw)
-        _, trace = trace_of(source, settings)
+        trace = trace_of(source, settings)
         if show:
             print(trace)
         if draw is not None:
@@ -80,8 +84,8 @@ def export(
     if out is None or not out.name:  # of nothing, or the present folder
         raise ConfigError("export writes a folder: name it with --out DIR.")
     export_model(
-        source, to, out, mode=mode, data=data, settings=settings, seed=seed, weights=weights, target=target,
-        overwrite=overwrite, command=_typed(sys.argv[1:]), say=say,
+        source, to or "c", out, mode=mode, data=data, settings=settings, seed=seed, weights=weights,
+        target=target, overwrite=overwrite, command=_typed(sys.argv[1:]), say=say,
     )  # fmt: skip
 
 

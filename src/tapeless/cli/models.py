@@ -93,6 +93,7 @@ def budget(
         str | None, option("On a chip: train, generate or both.", "NAME", "both, a run generates")
     ] = None,
     data: Annotated[str | None, option("On a chip: what it trains on.", "DATA", "names")] = None,
+    weights: Annotated[str | None, option("On a chip: float32, or int8.", "NAME", "float32")] = None,
 ) -> None:
     """Show the memory that training takes, to the byte, before anything is allocated.
 
@@ -102,10 +103,14 @@ def budget(
     chosen = {"batch_size": batch_size, "block_size": block_size, "recompute": recompute}
     settings = {name: value for name, value in chosen.items() if value is not None}
     if target != "cpu":
-        _chip_budget(preset, target, mode, data, parse_settings(set_) | settings)
+        if threads is not None:
+            raise ConfigError("a chip has no threads: leave --threads out.")
+        _chip_budget(preset, target, mode, data, weights, parse_settings(set_) | settings)
         return
-    if mode is not None or data is not None:
-        raise ConfigError("mode and data are of programs for chips: give --target, or leave them out.")
+    if any(given is not None for given in (mode, data, weights)):
+        raise ConfigError(
+            "mode, data and weights are of programs for chips: give --target, or leave them out."
+        )
     _cpu_budget(preset, set_, settings, threads)
 
 
@@ -146,7 +151,12 @@ def _cpu_budget(preset: str, set_: list[str] | None, settings: dict[str, Any], t
 
 
 def _chip_budget(
-    source: str, target: str, mode: str | None, data: str | None, settings: dict[str, Any]
+    source: str,
+    target: str,
+    mode: str | None,
+    data: str | None,
+    weights: str | None,
+    settings: dict[str, Any],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -154,12 +164,13 @@ def _chip_budget(
     from tapeless.errors import did_you_mean
     from tapeless.export import budget as chips
     from tapeless.export.firmware import prepare
+    from tapeless.export.int8 import quantised
 
     if target not in chips.CHIPS:
         raise ConfigError(f"no target is called {target!r}.{did_you_mean(target, ['cpu', *chips.CHIPS])}")
     chip = chips.CHIPS[target]
     firmware = prepare(source, mode, data, settings, None)
-    rows = chips.budget(firmware, None, chip)
+    rows = chips.budget(firmware, quantised(firmware, weights or "float32"), chip)
     table = Table("what", box=None)
     table.add_column("RAM", justify="right")
     table.add_column("flash", justify="right")

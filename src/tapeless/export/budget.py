@@ -10,7 +10,14 @@ from tapeless.errors import ConfigError, did_you_mean
 from tapeless.export.firmware import Firmware
 from tapeless.export.int8 import Quantised
 from tapeless.export.lifetimes import Value
-from tapeless.export.program import data_bytes, longest_text, memory, token_bytes, weight_bytes
+from tapeless.export.program import (
+    data_bytes,
+    longest_text,
+    memory,
+    token_bytes,
+    token_width,
+    weight_bytes,
+)
 from tapeless.layout import n_params
 
 KB = 1024
@@ -20,6 +27,7 @@ KB = 1024
 CODE, TRAINING_CODE = {True: 23 * KB, False: 32 * KB}, 11 * KB
 STACK = 2 * KB
 RANDOM = {"python": 2500, "xorshift32": 4, "numpy": 16}  # the state of each generator
+GAUSS, ADAM, FIRST = 8, 8, 4  # the spare normal number; 1 − βᵗ; the first document
 
 
 @dataclass(frozen=True)
@@ -32,15 +40,29 @@ class Chip:
     flash: int
     hard_float: bool  # in single precision
     mhz: int
+    fqbn: str  # how the Arduino command line calls a board with it
+    idf: str = ""  # and ESP-IDF the chip
 
 
 # Where these figures come from stands in docs/microcontrollers.md.
 CHIPS = {
-    "esp32": Chip("ESP32: Xtensa LX6", 144 * KB, 3584 * KB, True, 240),
-    "esp32-s3": Chip("ESP32-S3: Xtensa LX7", 240 * KB, 3584 * KB, True, 240),
-    "esp32-c3": Chip("ESP32-C3: RISC-V without floating point", 220 * KB, 3584 * KB, False, 160),
-    "rp2040": Chip("RP2040: Cortex-M0+ without floating point", 240 * KB, 1920 * KB, False, 133),
-    "stm32f4": Chip("STM32F407: Cortex-M4F", 120 * KB, 960 * KB, True, 168),
+    "esp32": Chip("ESP32: Xtensa LX6", 144 * KB, 3584 * KB, True, 240, "esp32:esp32:esp32", "esp32"),
+    "esp32-s3": Chip(
+        "ESP32-S3: Xtensa LX7", 240 * KB, 3584 * KB, True, 240, "esp32:esp32:esp32s3", "esp32s3"
+    ),
+    "esp32-c3": Chip(
+        "ESP32-C3: RISC-V without floating point",
+        220 * KB,
+        3584 * KB,
+        False,
+        160,
+        "esp32:esp32:esp32c3",
+        "esp32c3",
+    ),
+    "rp2040": Chip(
+        "RP2040: Cortex-M0+ without floating point", 240 * KB, 1920 * KB, False, 133, "rp2040:rp2040:rpipico"
+    ),
+    "stm32f4": Chip("STM32F407: Cortex-M4F", 120 * KB, 960 * KB, True, 168, "STMicroelectronics:stm32:Disco"),
 }
 
 
@@ -73,8 +95,13 @@ def budget(firmware: Firmware, quantised: Quantised | None, chip: Chip) -> list[
     sizes = {what: _total(v for v in values if v.name[0] == kind) for what, kind in kinds}
     apart = ", ".join(f"{what} {size:,}" for what, size in sizes.items() if size)
     rows.append(Row("working memory", 4 * layout.shared, 0, f"of {sum(sizes.values()):,}: {apart}"))
-    other = RANDOM[firmware.random] + longest_text(firmware) + 16
-    other += 4 * firmware.training.batch_size if firmware.trains else 0
+    other = RANDOM[firmware.random]
+    if firmware.generates:  # a text, its end, and the tokens that the next one is drawn from
+        other += longest_text(firmware) + 1 + token_width(firmware) * firmware.config.block_size
+    if firmware.trains:
+        other += FIRST + 4 * firmware.training.batch_size
+        other += GAUSS if firmware.weights is None else 0
+        other += ADAM if firmware.training.optimiser != "sgd" else 0
     rows.append(Row("random numbers, a batch, a text", other, 0))
     rows.append(Row("stack, at most", STACK, 0))
     rows.append(Row("code", 0, CODE[chip.hard_float] + (TRAINING_CODE if firmware.trains else 0)))

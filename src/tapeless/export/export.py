@@ -11,12 +11,11 @@ from tapeless.errors import ConfigError, did_you_mean
 from tapeless.evaluate import evaluate
 from tapeless.export import budget, files, wasm
 from tapeless.export.firmware import Firmware, data_of, prepare
-from tapeless.export.int8 import Quantised, quantise
+from tapeless.export.int8 import WEIGHTS, quantise, quantised
 from tapeless.export.program import context
 from tapeless.layout import n_params
 from tapeless.model import load
 
-WEIGHTS = ("float32", "int8")
 TARGETS = {"esp-idf": "esp32", "arduino": "esp32"}  # where nothing else is said
 SKETCH = re.compile(r"\w([\w.-]{0,61}[\w-])?", re.ASCII)  # Arduino's specification of sketches
 
@@ -49,8 +48,9 @@ def export(
     if weights not in WEIGHTS:
         raise ConfigError(f"weights cannot be {weights!r}.{did_you_mean(weights, WEIGHTS)}")
     target = TARGETS.get(to) if target is None else target
-    if target is not None:
-        budget.get_chip(target)
+    chip = budget.get_chip(target or "esp32")
+    if to == "esp-idf" and not chip.idf:
+        raise ConfigError(f"{target} is no chip of ESP-IDF's: choose --to arduino or c, or another target.")
     files.refuse(out, overwrite)
     if to == "arduino" and not SKETCH.fullmatch(_sketch(out)):
         raise ConfigError(
@@ -61,15 +61,17 @@ def export(
     firmware = prepare(
         source, mode or ("generate" if int8 else None), None if int8 else data, settings or {}, seed
     )
-    quantised = _quantised(firmware, source, data, say) if int8 else None
-    rows = budget.budget(firmware, quantised, budget.CHIPS[target or "esp32"])
+    small = quantised(firmware, weights)
+    rows = budget.budget(firmware, small, chip)
     if target is not None:
         budget.check(rows, target)
-    about = context(firmware, command, quantised)
+    about = context(firmware, command, small)
     texts = files.files(
-        files.KINDS[to], about | {"sketch": _sketch(out), "target": target or "", "rows": rows}
+        files.KINDS[to], about | {"sketch": _sketch(out), "target": target, "chip": chip, "rows": rows}
     )
-    files.write(out, texts)
+    if small is not None:
+        _tell_cost(firmware, small.nbytes, source, data, say)
+    files.write(out, files.KINDS[to], texts)
     say(_told(firmware, rows, target))
     say(f"Saved in {out}: {files.KINDS[to].name}. Its README.md says how to go on.")
     if to == "wasm":
@@ -92,21 +94,19 @@ def _told(firmware: Firmware, rows: list[budget.Row], target: str | None) -> str
     )
 
 
-def _quantised(
-    firmware: Firmware, source: str, data: str | Path | None, say: Callable[[str], object]
-) -> Quantised:
-    """The weights in int8, with what that costs measured on `data`, or on what the model was trained on."""
-    if firmware.trains or firmware.weights is None:
-        raise ConfigError("weights=int8 are for generating: a model cannot be trained in them.")
+def _tell_cost(
+    firmware: Firmware, nbytes: int, source: str, data: str | Path | None, say: Callable[[str], object]
+) -> None:
+    """Measure what int8 weights cost on `data`, or on what the model was trained on."""
+    assert firmware.weights is not None
     data = data_of(source) if data is None else data
-    quantised, rounded = quantise(firmware.config, firmware.weights)
+    say(f"Measuring what int8 weights cost, on {data}.")
     model = load(source, "reference", dtype="float32")
     losses = []
-    for weights in (firmware.weights, rounded):
+    for weights in (firmware.weights, quantise(firmware.config, firmware.weights)[1]):
         model.engine.params[:] = weights
         losses.append(evaluate(model, data).loss)
     say(
-        f"int8 weights: {quantised.nbytes:,} bytes in place of {firmware.weights.nbytes:,}; "
+        f"int8 weights: {nbytes:,} bytes in place of {firmware.weights.nbytes:,}; "
         f"loss on {data} {losses[1]:.4f} in place of {losses[0]:.4f}"
     )
-    return quantised

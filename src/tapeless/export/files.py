@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -28,13 +29,14 @@ class Kind(NamedTuple):
     own: str  # the folder of its own parts, beside this file
     sources: str  # where in the project the C files lie
     host: str | None  # and the program for this machine
+    built: tuple[str, ...] = ()  # what its own make makes
 
 
 KINDS = {
     "c": Kind("a C program", "plain", ".", "."),
     "esp-idf": Kind("an ESP-IDF project", "esp_idf", "main", "host"),
     "arduino": Kind("an Arduino sketch", "arduino", ".", "host"),
-    "wasm": Kind("a web page", "wasm", ".", None),
+    "wasm": Kind("a web page", "wasm", ".", None, ("index.html", "tapeless.wasm")),
 }
 
 
@@ -83,9 +85,14 @@ def refuse(out: Path, overwrite: bool) -> None:
         )
 
 
-def write(out: Path, texts: dict[str, str]) -> None:
-    """Write the files aside, then put each in its place."""
+LIST = ".tapeless-export"  # the names of all files of a project, for the next one in its place
+
+
+def write(out: Path, kind: Kind, texts: dict[str, str]) -> None:
+    """Write the files aside, then put each in its place, and take away those of an earlier project."""
     folder = out.resolve()
+    texts = texts | {LIST: "".join(f"{name}\n" for name in [*texts, *kind.built])}
+    old = [name for name in _listed(folder) if name not in texts]
     aside = folder.with_name(f".{folder.name}.part")
     with runs.writing(out):
         shutil.rmtree(aside, ignore_errors=True)
@@ -96,5 +103,19 @@ def write(out: Path, texts: dict[str, str]) -> None:
             for name in texts:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(aside / name, folder / name)
+            runs.remove(folder / name for name in old)
+            for part in {(folder / name).parent for name in old} - {folder}:
+                with suppress(OSError):  # what else is in there stays
+                    part.rmdir()
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files of the project that is there: names in this folder, whatever a list may say."""
+    try:
+        names = (folder / LIST).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    inside = [name for name in names if (folder / name).resolve().is_relative_to(folder)]
+    return [name for name in inside if (folder / name).is_file()]

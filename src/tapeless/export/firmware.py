@@ -14,16 +14,17 @@ from tapeless.config import GPTConfig, whole
 from tapeless.data.tokenizers import Numbers, Tokenizer
 from tapeless.errors import ConfigError, RunError, did_you_mean
 from tapeless.export.trace import Trace, record
-from tapeless.init import generator_name
+from tapeless.init import generator, generator_name
 from tapeless.io import runs
-from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.job import Job
 from tapeless.layout import n_params
 from tapeless.model import load
-from tapeless.presets import FINETUNING, presets
+from tapeless.presets import FINETUNING, Preset, presets
 from tapeless.settings import Training
 
 MODES = ("train", "generate", "both")
+MAX_COUNT = 2**31 - 1
+NO_BOS = "chips train on documents, each behind a BOS, and this model has no tokenizer with one."
 
 
 @dataclass(frozen=True)
@@ -88,23 +89,31 @@ def prepare(
         return _generating(source, settings, seed)
     if not new and data is None:
         data = data_of(source)
-    preset, pretrained = (source, None) if new else (None, source)
-    what = plan.fresh(data, None, preset, pretrained, settings, seed, "reference", "float32", None)
-    training, model = what.preset.training, what.preset.model
-    record(model.replace(vocab_size=model.vocab_size or 1), training)  # refuses what has no C version
+    what = _plan(source, data, settings, seed)
+    training = what.preset.training
+    _record(what.preset)  # refuses what has no C version, before anything is read
+    if what.checkpoint is not None and (
+        what.checkpoint.tokenizer is None or what.checkpoint.tokenizer.bos is None
+    ):
+        raise ConfigError(NO_BOS)
     if not training.of_documents:
         raise ConfigError(f"chips train on documents, not on order={training.order}: set order=shuffle.")
     job = plan.prepare(what, None, 1, False)
-    tokenizer = job.model.tokenizer
+    tokenizer, config = job.model.tokenizer, _on_chip(job.model.config)
     if tokenizer is None or tokenizer.bos is None:
-        raise ConfigError("chips train on documents, each behind a BOS, which this tokenizer does not have.")
-    config = _on_chip(job.model.config)
+        raise ConfigError(NO_BOS)
     random = generator_name(config)
     if training.order == "draw" and random == "numpy":
         raise ConfigError("order=draw needs another random generator than NumPy's: set order=shuffle.")
+    documents = _documents(job)
+    if training.steps * training.batch_size + len(documents.starts) >= MAX_COUNT:
+        raise ConfigError(
+            f"steps × batch_size must be below {MAX_COUNT:,} on a chip, not {training.steps:,} × "
+            f"{training.batch_size:,}."
+        )
     drawn = new and random != "numpy"
     return Firmware(
-        title=source if new else Path(source).name,
+        title=_title(source),
         config=config,
         training=training,
         tokenizer=tokenizer,
@@ -112,7 +121,7 @@ def prepare(
         trains=True,
         generates=mode == "both",
         weights=None if drawn else _finite(job.model.engine.params, source),
-        documents=_documents(job),
+        documents=documents,
         random=random,
         random_state=job.rng.state()["words"] if random == "numpy" else None,
         trace=record(config, training),
@@ -121,16 +130,14 @@ def prepare(
 
 def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
     model = load(source, "reference", dtype="float32")
-    folder = with_tokenizer(open_model(source)).folder
-    training = FINETUNING
-    if (folder / runs.CONFIG).exists() and "training" in (about := runs.read_json(folder / runs.CONFIG)):
-        training = Training(**about["training"])
+    training = _training_of(source)
     given = {name: settings[name] for name in settings if name in ("temperature", "max_tokens", "samples")}
     if other := sorted(settings.keys() - given.keys()):
         raise ConfigError(f"{other[0]} changes nothing in a trained model that generates: leave it out.")
     config = _on_chip(model.config)
+    random = generator_name(config)
     return Firmware(
-        title=Path(source).name,
+        title=_title(source),
         config=config,
         training=dataclasses.replace(training, **given),
         tokenizer=model.tokenizer or Numbers(config.vocab),
@@ -139,11 +146,34 @@ def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
         generates=True,
         weights=_finite(model.engine.params, source),
         documents=None,
+        random=random,
         # Texts are drawn as `tapeless sample` draws them.
-        random=(random := generator_name(config)),
-        random_state=plan.generator(config, seed).state()["words"] if random == "numpy" else None,
+        random_state=generator(config, seed).state()["words"] if random == "numpy" else None,
         trace=record(config, training),
     )
+
+
+def trace_of(source: str, settings: dict[str, Any]) -> Trace:
+    """The trace of a preset, with the vocabulary of the names where it has none, or of a trained model.
+
+    Raises `ConfigError` for ops that have no C version.
+    """
+    return _record(_plan(source, None, settings, None).preset)
+
+
+def _record(preset: Preset) -> Trace:
+    config = _on_chip(preset.model.replace(vocab_size=preset.model.vocab_size or 27))
+    return record(config, preset.training)
+
+
+def _plan(source: str, data: str | Path | None, settings: dict[str, Any], seed: int | None) -> plan.Plan:
+    """How a preset is trained, or a trained model further."""
+    preset, pretrained = (source, None) if source in presets else (None, source)
+    return plan.fresh(data, None, preset, pretrained, settings, seed, "reference", "float32", None)
+
+
+def _title(source: str) -> str:
+    return source if source in presets else Path(source).resolve().name
 
 
 def _on_chip(config: GPTConfig) -> GPTConfig:
@@ -151,11 +181,29 @@ def _on_chip(config: GPTConfig) -> GPTConfig:
     return config.replace(precision="float32")
 
 
-def data_of(source: str) -> str:
-    """What a run was trained on."""
+def _about(source: str) -> dict[str, Any]:
+    """What a run folder says of itself; nothing for another model."""
     path = Path(source) / runs.CONFIG
     about = runs.read_json(path) if path.exists() else {}
-    data = about.get("data") if isinstance(about, dict) else None
+    return about if isinstance(about, dict) else {}
+
+
+def _training_of(source: str) -> Training:
+    """How a run was trained, and so how it generates; of another model, as it would be trained further."""
+    about = _about(source)
+    if "training" not in about:
+        return FINETUNING
+    try:
+        return Training(**about["training"])
+    except (TypeError, ConfigError):
+        raise RunError(
+            f"{Path(source) / runs.CONFIG} does not describe a training run: it is damaged."
+        ) from None
+
+
+def data_of(source: str) -> str:
+    """What a run was trained on."""
+    data = _about(source).get("data")
     if not isinstance(data, str):
         raise RunError(f"{source} does not say what it was trained on: give --data.")
     return data
@@ -181,17 +229,3 @@ def _documents(job: Job) -> Documents:
     starts = np.cumsum(lengths) - lengths
     inside = np.repeat(spans[:, 0] - starts, lengths) + np.arange(lengths.sum())
     return Documents(np.append(stream[inside], stream[0]), starts)
-
-
-def trace_of(source: str, settings: dict[str, Any]) -> tuple[GPTConfig, Trace]:
-    """The trace of a preset, with the vocabulary of the names where it has none, or of a trained model.
-
-    Raises `ConfigError` for ops that have no C version.
-    """
-    if source in presets:
-        preset = presets[source].with_settings(settings)
-        config, training = preset.model, preset.training
-    else:
-        config, training = open_model(source).config, dataclasses.replace(FINETUNING, **settings)
-    config = _on_chip(config.replace(vocab_size=config.vocab_size or 27))
-    return config, record(config, training)

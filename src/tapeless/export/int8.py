@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tapeless.config import GPTConfig
+from tapeless.errors import ConfigError, did_you_mean
+from tapeless.export.firmware import Firmware
 from tapeless.layout import DECAYED, parameter_plan
 
 MOST = 127
@@ -30,6 +32,23 @@ class Quantised:
     @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes + self.kept.nbytes
+
+
+WEIGHTS = ("float32", "int8")
+
+
+def quantised(firmware: Firmware, weights: str) -> Quantised | None:
+    """The weights of a program that generates in int8, or None for "float32".
+
+    Raises `ConfigError` for other words, or a program that trains.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights cannot be {weights!r}.{did_you_mean(weights, WEIGHTS)}")
+    if weights == "float32":
+        return None
+    if firmware.trains or firmware.weights is None:
+        raise ConfigError("weights=int8 are for generating: a model cannot be trained in them.")
+    return quantise(firmware.config, firmware.weights)[0]
 
 
 def quantise(config: GPTConfig, weights: np.ndarray) -> tuple[Quantised, np.ndarray]:

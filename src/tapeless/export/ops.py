@@ -66,7 +66,7 @@ OPS = {
     "global_norm": Op("grads grads.0"),
     "sgd": Op("params grads m grads.0 lr momentum scale", updates="params grads m"),
     "adamw": Op(
-        "params grads m v grads.0 lr beta1 beta2 power1 power2 eps weight_decay scale",
+        "params grads m v grads.0 lr beta1 new1 rest1 beta2 new2 rest2 eps weight_decay scale",
         updates="params grads m v",
         name="adam",
     ),

@@ -169,15 +169,17 @@ def _optimiser(firmware: Firmware) -> Iterator[str]:
         yield f"if (norm + 1e-6f > {clip})"
         yield f"    scale = {clip} / (norm + 1e-6f);"
     places = {"params": 0, "grads": P, "m": 2 * P, "v": 3 * P}
+    # Of a beta near 1 float32 has few digits left in 1 - beta, so that is written down itself.
+    new = {"new1": number(1 - t.beta1), "new2": number(1 - t.beta2)}
     if t.optimiser != "sgd":
-        yield f"power1 *= {number(t.beta1)};"
-        yield f"power2 *= {number(t.beta2)};"
+        yield f"rest1 = {number(t.beta1)} * rest1 + {new['new1']};"
+        yield f"rest2 = {number(t.beta2)} * rest2 + {new['new2']};"
     for call in firmware.trace.optimiser:
         if call.op == "global_norm":
             continue
         words = []
         for word in OPS[call.op].c.split():
-            value = call.args.get(word, word)
+            value = call.args.get(word, new.get(word, word))
             if isinstance(value, Ref):
                 words.append(f"ram + {places[word] + value.offset}")
             elif word == "grads.0":
@@ -252,6 +254,7 @@ def context(firmware: Firmware, command: str, quantised: Quantised | None = None
         "trains": f.trains,
         "generates": f.generates,
         "training": f.training,
+        "samples": f.training.samples or 20,
         "max_tokens": f.training.max_tokens,
         "longest_text": longest_text(f),
         "text": text,
@@ -301,12 +304,18 @@ def _pcg(words: np.ndarray | None) -> list[str] | None:
 # ---------------------------------------------------------------- sizes
 
 
+def token_width(firmware: Firmware) -> int:
+    """Bytes of a token."""
+    return TOKEN_TYPES[_token_type(firmware)]
+
+
 def data_bytes(firmware: Firmware) -> int:
     """Of the documents in flash."""
     if firmware.documents is None:
         return 0
-    width = TOKEN_TYPES[_token_type(firmware)]
-    return width * len(firmware.documents.stream) + 4 * -(-len(firmware.documents.starts) // PLACES_EVERY)
+    return token_width(firmware) * len(firmware.documents.stream) + 4 * -(
+        -len(firmware.documents.starts) // PLACES_EVERY
+    )
 
 
 def weight_bytes(firmware: Firmware, quantised: Quantised | None) -> int:

@@ -13,8 +13,6 @@ NEEDED = "clang, lld, wasi-libc and libclang-rt-dev-wasm32 (packages of Debian)"
 
 def build(folder: Path, say: Callable[[str], object]) -> None:
     """Compile the program in `folder` if there is a compiler for it, or say how to."""
-    for name in ("index.html", "tapeless.wasm"):  # of a model that was there before
-        (folder / name).unlink(missing_ok=True)
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
         say(f"Not compiled, for want of {' and '.join(missing)}: {_later(folder)}")
         return

@@ -19,3 +19,5 @@ void esp_log_write(esp_log_level_t level, const char *tag, const char *format, .
 /* The original takes a format alone too, which is not standard C. */
 #define ESP_LOGI(tag, format, ...)                                                                     \
     esp_log_write(ESP_LOG_INFO, tag, "I (%" PRIu32 ") %s: " format "\n", esp_log_timestamp(), tag, __VA_ARGS__)
+#define ESP_LOGE(tag, format, ...)                                                                     \
+    esp_log_write(ESP_LOG_ERROR, tag, "E (%" PRIu32 ") %s: " format "\n", esp_log_timestamp(), tag, __VA_ARGS__)

@@ -29,7 +29,7 @@ uint32_t random_seed()
 }
 
 #if TL_TRAINS
-void train()
+bool train()
 {
     unsigned long rested = millis();
     for (int i = 0; i < TL_STEPS; i++) {
@@ -42,6 +42,10 @@ void train()
             Serial.print(": loss = ");
             Serial.println(loss, 6);
         }
+        if (!(loss - loss == 0)) {
+            Serial.println("the loss of this step is no number: try a smaller learning rate");
+            return false;
+        }
         // The system's own tasks must run now and then: where they do not, a watchdog restarts the board.
         if (millis() - rested >= 1000) {
             delay(1);
@@ -51,6 +55,7 @@ void train()
     Serial.print("trained ");
     Serial.print(TL_STEPS);
     Serial.println(" steps");
+    return true;
 }
 #endif
 
@@ -67,7 +72,9 @@ void setup()
     Serial.println((unsigned long)seed);
     tl_begin(seed);
 #if TL_TRAINS
-    train();
+    if (!train())
+        for (;;)
+            delay(1000);
 #endif
 }
 

@@ -3,6 +3,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <stddef.h>
 
 /* ------------------------------------------------------------ sums of products */
 
@@ -149,7 +150,7 @@ void tl_linear_forward(float *y, const float *residual, const float *x, const fl
                        int n, int I, int O)
 {
     for (int t = 0; t < n; t++, x += I, y += O) {
-        begin_sum(y, residual ? residual + t * O : 0, b, O);
+        begin_sum(y, residual ? residual + t * O : NULL, b, O);
         add_product(y, O, x, 1, w, O, I);
     }
 }
@@ -513,12 +514,14 @@ void tl_sgd(float *params, float *grads, float *m, int count, float lr, float mo
     }
 }
 
-void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float beta2,
-             float power1, float power2, float eps, float weight_decay, float scale)
+void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float new1,
+             float rest1, float beta2, float new2, float rest2, float eps, float weight_decay, float scale)
 {
-    /* m / (1 - power1) over sqrt(v / (1 - power2)) + eps, with what is the same for all taken out of it */
-    const float root = sqrtf(1.0f - power2), rate = root * lr / (1.0f - power1), least = eps * root;
-    const float keep = 1.0f - lr * weight_decay, new1 = (1.0f - beta1) * scale, new2 = (1.0f - beta2) * scale * scale;
+    /* m / rest1 over sqrt(v / rest2) + eps, with what is the same for all taken out of it */
+    const float root = sqrtf(rest2), rate = root * lr / rest1, keep = 1.0f - lr * weight_decay;
+    const float least = eps * root > FLT_MIN ? eps * root : FLT_MIN;
+    new1 *= scale;
+    new2 *= scale * scale;
     for (int i = 0; i < count; i++) {
         const float g = grads[i];
         const float mi = beta1 * m[i] + new1 * g, vi = beta2 * v[i] + new2 * g * g;

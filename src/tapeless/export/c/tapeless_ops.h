@@ -12,6 +12,11 @@
 
 #include "tapeless_model.h" /* tl_token */
 
+#include <limits.h>
+#if INT_MAX < 0x7fffffff
+#error "tapeless needs int to have 32 bits"
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -91,9 +96,9 @@ void tl_add(float *y, const float *x, int count); /* y += x */
 /* The optimisers clear the gradients as they go. A parameter's step uses scale times its gradient. */
 float tl_global_norm(const float *grads, int count);
 void tl_sgd(float *params, float *grads, float *m, int count, float lr, float momentum, float scale);
-/* power1, power2: beta1 and beta2 to the power of the step, from 1 */
-void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float beta2,
-             float power1, float power2, float eps, float weight_decay, float scale);
+/* new1, new2: 1 - beta1, 1 - beta2;  rest1, rest2: 1 - beta1^t, 1 - beta2^t at step t, from 1 */
+void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float new1,
+             float rest1, float beta2, float new2, float rest2, float eps, float weight_decay, float scale);
 
 /* The token at `uniform` (0 to 1) of the cumulative softmax(logits / temperature); the likeliest at 0.
  * Overwrites the logits. */

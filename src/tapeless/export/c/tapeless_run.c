@@ -287,22 +287,26 @@ void tl_begin(uint32_t seed)
 const char *tl_generate(void)
 {
     static char text[TL_LONGEST_TEXT + 1];
-    static tl_token tokens[TL_MAX_TOKENS];
+    static tl_token last[TL_BLOCK]; /* the last tokens, which the next one is drawn from */
     int length = 0;
-    tokens[0] = TL_START;
+    last[0] = TL_START;
     for (int i = 0; i < TL_MAX_TOKENS; i++) {
-        /* Learned positions end at the block: beyond it, the last tokens are read again. */
-        const int first = i < TL_BLOCK ? 0 : i + 1 - TL_BLOCK;
+        /* Learned positions end at the block: beyond it, all of the last tokens are read again. */
         float *logits = 0;
-        for (int t = first ? first : i; t <= i; t++)
-            logits = tl_decode(tokens[t], t - first);
+        for (int t = i < TL_BLOCK ? i : 0; t <= i && t < TL_BLOCK; t++)
+            logits = tl_decode(last[t], t);
         const int token = tl_sample(logits, TL_TEMPERATURE, TL_TEMPERATURE > 0 ? uniform() : 0, TL_VOCAB);
         if (token == TL_BOS)
             break;
         for (uint32_t k = tl_text_at[token]; k < tl_text_at[token + 1]; k++)
             text[length++] = (char)tl_text[k];
-        if (i + 1 < TL_MAX_TOKENS)
-            tokens[i + 1] = (tl_token)token;
+        if (i + 1 < TL_BLOCK) {
+            last[i + 1] = (tl_token)token;
+        } else {
+            for (int t = 1; t < TL_BLOCK; t++)
+                last[t - 1] = last[t];
+            last[TL_BLOCK - 1] = (tl_token)token;
+        }
     }
     text[length] = 0;
     return text;

@@ -10,7 +10,8 @@ extern "C" {
 #endif
 
 /* Begin: seed the random numbers, and give the weights their first values. With TL_SEED everything is as
- * the exporting program does it, number for number; other seeds give other weights, documents and texts. */
+ * the exporting program does it, number for number. Other seeds give other texts, begin at another document
+ * and, where TL_DRAWS_WEIGHTS, with other weights. */
 void tl_begin(uint32_t seed);
 
 /* Do training step `step` (from 0, each once, in turn) of TL_STEPS. Returns its loss, in nats a token. */

@@ -1,5 +1,6 @@
 /* Trains and generates on any machine with a C compiler: prints the losses, then texts. */
 #include <stdio.h>
+#include <string.h>
 
 #include "tapeless_model.h"
 #include "tapeless_run.h"
@@ -10,9 +11,6 @@
 #ifndef TL_STOP
 #define TL_STOP TL_STEPS /* or before they are done */
 #endif
-#ifndef TL_SAMPLES
-#define TL_SAMPLES 20
-#endif
 
 int main(void)
 {
@@ -22,11 +20,19 @@ int main(void)
         const float loss = tl_train(i);
         if (i == 0 || (i + 1) % TL_LOG_EVERY == 0)
             printf("step %d/%d: loss = %.6f\n", i + 1, TL_STEPS, (double)loss);
+        if (!(loss - loss == 0)) {
+            printf("the loss of step %d is no number: try a smaller learning rate\n", i + 1);
+            return 1;
+        }
     }
 #endif
 #if TL_GENERATES
-    for (int i = 0; i < TL_SAMPLES; i++)
-        printf("%s\n", tl_generate());
+    int several = 0; /* lines in a text: from then on there is one between texts */
+    for (int i = 0; i < TL_SAMPLES; i++) {
+        const char *text = tl_generate();
+        several = several || strchr(text, '\n');
+        printf("%s%s\n", several && i ? "---\n" : "", text);
+    }
 #endif
     return 0;
 }
