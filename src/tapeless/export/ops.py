@@ -60,13 +60,13 @@ OPS = {
     "cross_entropy_forward": Op("", "loss stats"),  # one with its backward
     "cross_entropy_backward": Op("", "dlogits"),
     # What `trace.fused` makes of two of them:
-    "linear_add_forward": Op("y r x w b n w.0 w.1", "y", in_place="y r", name="linear_forward"),
+    "linear_add_forward": Op("y r x w b n w.0 w.1", "y", name="linear_forward"),
     "linear_add_backward": Op("dx dw db dy x w n w.0 w.1 1", updates="dx dw db", name="linear_backward"),
     "cross_entropy": Op("dlogits logits targets weights n logits.1", "dlogits", in_place="dlogits logits"),
     "global_norm": Op("grads grads.0"),
     "sgd": Op("params grads m grads.0 lr momentum scale", updates="params grads m"),
     "adamw": Op(
-        "params grads m v grads.0 lr beta1 new1 rest1 beta2 new2 rest2 eps weight_decay scale",
+        "params grads m v grads.0 lr beta1 beta2 rest1 rest2 eps weight_decay scale",
         updates="params grads m v",
         name="adam",
     ),

@@ -169,17 +169,16 @@ def _optimiser(firmware: Firmware) -> Iterator[str]:
         yield f"if (norm + 1e-6f > {clip})"
         yield f"    scale = {clip} / (norm + 1e-6f);"
     places = {"params": 0, "grads": P, "m": 2 * P, "v": 3 * P}
-    # Of a beta near 1 float32 has few digits left in 1 - beta, so that is written down itself.
-    new = {"new1": number(1 - t.beta1), "new2": number(1 - t.beta2)}
     if t.optimiser != "sgd":
-        yield f"rest1 = {number(t.beta1)} * rest1 + {new['new1']};"
-        yield f"rest2 = {number(t.beta2)} * rest2 + {new['new2']};"
+        # 1 − βᵗ itself, not βᵗ: near 1 that has no digits left for the difference.
+        for i, beta in (1, t.beta1), (2, t.beta2):
+            yield f"rest{i} = {number(beta)} * rest{i} + (1.0f - {number(beta)});"
     for call in firmware.trace.optimiser:
         if call.op == "global_norm":
             continue
         words = []
         for word in OPS[call.op].c.split():
-            value = call.args.get(word, new.get(word, word))
+            value = call.args.get(word, word)
             if isinstance(value, Ref):
                 words.append(f"ram + {places[word] + value.offset}")
             elif word == "grads.0":

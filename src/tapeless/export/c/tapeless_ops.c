@@ -76,11 +76,11 @@ static void dots(float *y, int count, const float *a, const float *b, int terms,
     }
 }
 
-/* y = x + b, each where it is */
-static void begin_sum(float *y, const float *x, const float *b, int count)
+/* y = b, where there is one, or 0 */
+static void begin_sum(float *y, const float *b, int count)
 {
     for (int o = 0; o < count; o++)
-        y[o] = (x ? x[o] : 0.0f) + (b ? b[o] : 0.0f);
+        y[o] = b ? b[o] : 0.0f;
 }
 
 /* ------------------------------------------------------------ moving numbers */
@@ -150,8 +150,10 @@ void tl_linear_forward(float *y, const float *residual, const float *x, const fl
                        int n, int I, int O)
 {
     for (int t = 0; t < n; t++, x += I, y += O) {
-        begin_sum(y, residual ? residual + t * O : NULL, b, O);
+        begin_sum(y, b, O);
         add_product(y, O, x, 1, w, O, I);
+        if (residual)
+            tl_add(y, residual + t * O, O);
     }
 }
 
@@ -237,8 +239,9 @@ static void softmax_row(float *p, const float *q, const float *k, int stride, in
         p[j] = expf(p[j] - top);
         total += p[j];
     }
+    total = 1.0f / total;
     for (int j = 0; j < keys; j++)
-        p[j] /= total;
+        p[j] *= total;
 }
 
 void tl_attention_forward(float *out, float *probs, const float *qkv, int n, int H, int T, int C)
@@ -514,20 +517,19 @@ void tl_sgd(float *params, float *grads, float *m, int count, float lr, float mo
     }
 }
 
-void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float new1,
-             float rest1, float beta2, float new2, float rest2, float eps, float weight_decay, float scale)
+void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float beta2,
+             float rest1, float rest2, float eps, float weight_decay, float scale)
 {
     /* m / rest1 over sqrt(v / rest2) + eps, with what is the same for all taken out of it */
     const float root = sqrtf(rest2), rate = root * lr / rest1, keep = 1.0f - lr * weight_decay;
     const float least = eps * root > FLT_MIN ? eps * root : FLT_MIN;
-    new1 *= scale;
-    new2 *= scale * scale;
+    const float new1 = (1.0f - beta1) * scale, new2 = (1.0f - beta2) * scale * scale;
     for (int i = 0; i < count; i++) {
         const float g = grads[i];
         const float mi = beta1 * m[i] + new1 * g, vi = beta2 * v[i] + new2 * g * g;
         m[i] = mi;
         v[i] = vi;
-        params[i] = keep * params[i] - rate * mi / (sqrtf(vi) + least);
+        params[i] = keep * params[i] - rate * (mi / (sqrtf(vi) + least));
         grads[i] = 0;
     }
 }
@@ -571,12 +573,14 @@ void tl_embed_int8(float *x, const int8_t *wte, const float *wte_scale, const in
 void tl_linear_int8(float *y, const float *residual, const float *x, const int8_t *q, const float *scale,
                     const float *b, int I, int O)
 {
-    begin_sum(y, residual, b, O);
+    begin_sum(y, b, O);
     for (int i = 0; i < I; i++) {
         const float c = x[i] * scale[i];
         for (int o = 0; o < O; o++)
             y[o] += c * (float)q[i * O + o];
     }
+    if (residual)
+        tl_add(y, residual, O);
 }
 
 void tl_tied_head_int8(float *logits, const float *x, const int8_t *q, const float *scale, int V, int C)

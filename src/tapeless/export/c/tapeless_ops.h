@@ -33,7 +33,7 @@ void tl_rmsnorm_forward(float *y, float *rstd, const float *x, const float *w, i
 void tl_rmsnorm_backward(float *dx, float *dw, const float *dy, const float *x, const float *rstd,
                          const float *w, int n, int C);
 
-/* y = residual + x w + b;  x [n, I], w [I, O], y [n, O] */
+/* y = x w + b + residual, where there is one, which y must not lie on;  x [n, I], w [I, O], y [n, O] */
 void tl_linear_forward(float *y, const float *residual, const float *x, const float *w, const float *b,
                        int n, int I, int O);
 /* dx = dy w^T (dx += where `add`),  dw += x^T dy,  db += sum_t dy */
@@ -96,9 +96,9 @@ void tl_add(float *y, const float *x, int count); /* y += x */
 /* The optimisers clear the gradients as they go. A parameter's step uses scale times its gradient. */
 float tl_global_norm(const float *grads, int count);
 void tl_sgd(float *params, float *grads, float *m, int count, float lr, float momentum, float scale);
-/* new1, new2: 1 - beta1, 1 - beta2;  rest1, rest2: 1 - beta1^t, 1 - beta2^t at step t, from 1 */
-void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float new1,
-             float rest1, float beta2, float new2, float rest2, float eps, float weight_decay, float scale);
+/* rest1, rest2: 1 - beta1^t, 1 - beta2^t at step t, from 1 */
+void tl_adam(float *params, float *grads, float *m, float *v, int count, float lr, float beta1, float beta2,
+             float rest1, float rest2, float eps, float weight_decay, float scale);
 
 /* The token at `uniform` (0 to 1) of the cumulative softmax(logits / temperature); the likeliest at 0.
  * Overwrites the logits. */

@@ -31,7 +31,9 @@ int main(void)
     for (int i = 0; i < TL_SAMPLES; i++) {
         const char *text = tl_generate();
         several = several || strchr(text, '\n');
-        printf("%s%s\n", several && i ? "---\n" : "", text);
+        if (several && i)
+            puts("---");
+        puts(text);
     }
 #endif
     return 0;
