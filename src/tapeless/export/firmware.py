@@ -94,7 +94,7 @@ def prepare(
     record(model.replace(vocab_size=model.vocab_size or 1), training)  # refuses what has no C version
     if not training.of_documents:
         raise ConfigError(f"chips train on documents, not on order={training.order}: set order=shuffle.")
-    job = plan.prepare(what, None, 1, False)
+    job = plan.prepare(what)
     tokenizer = job.model.tokenizer
     if tokenizer is None or tokenizer.bos is None:
         raise ConfigError("chips train on documents, each behind a BOS, which this tokenizer does not have.")
