@@ -114,11 +114,12 @@ class _Summed:
 
 def publish(folder: Path, place: Path) -> None:
     """Let the files at the top of a run folder be those of a checkpoint."""
+    files = _manifest(place)["files"]
     for name in (CONFIG, TOKENIZER, MODEL, STATE):
         here, there = folder / name, place / name
-        if not there.exists():
+        if name not in files:
             runs.remove([here])
-        elif not (here.exists() and here.samefile(there)):
+        elif there.is_file() and not (here.exists() and here.samefile(there)):
             runs.write_file(here, lambda aside, there=there: _link(there, aside))  # type: ignore[misc]
 
 
@@ -158,7 +159,7 @@ def newest(folder: Path, kind: str) -> Path:
             if not problem:
                 if problems:
                     warnings.warn(
-                        Notice(f"{problems[0]}; the state after step {step:,} is used."), stacklevel=2
+                        Notice(f"{problems[0]}; what was saved after step {step:,} is used."), stacklevel=2
                     )
                 return place
             if not place.exists():  # any more: a process that trains there has saved meanwhile
