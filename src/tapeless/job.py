@@ -21,7 +21,7 @@ from tapeless.engine import uses
 from tapeless.errors import DataError, NumericsError, RunError
 from tapeless.evaluate import score
 from tapeless.generate import generate
-from tapeless.io import runs, saves
+from tapeless.io import folders, runs, saves
 from tapeless.io.lock import Lock
 from tapeless.memory import SNAPSHOTS
 from tapeless.model import GPT
@@ -247,13 +247,14 @@ class Job:
             return
         there = saves.saved(self.folder) if self.resumed else []
         if not self.small:
-            runs.check_room(self.folder, self.nbytes * max(1, self.about["keep"] + 1 - len(there)))
+            more = max(1, min(self.about["keep"], saves.KEEP) + 1 - len(there))
+            folders.check_room(self.folder, self.nbytes * more)
         if self.resumed:
             self._place = self.folder
             saves.discard(list(takewhile(lambda checkpoint: checkpoint.place != self._taken, there)))
             runs.begin_log(self.folder / runs.METRICS)
         else:
-            self._place = runs.claim(self.folder, self.lock, self.overwrite)
+            self._place = folders.claim(self.folder, self.lock, self.overwrite)
         if self.small:
             self.save()
 
@@ -270,10 +271,10 @@ class Job:
             self.log_texts()
             state = {runs.STATE: runs.content_of_tensors(self._state())}
             saves.save(self._place, self.step, self._contents(self.about) | state, self.about["keep"])
-        self._saved = self.step
         if self.folder is not None and self._place != self.folder:
-            runs.replace(self.folder, self._place)
+            folders.replace(self.folder, self._place)
             self._place = self.folder
+        self._saved = self.step
 
     def close(self) -> None:
         """Save for the last time. Texts of an earlier end go first: whether there are any tells `restore`
@@ -315,7 +316,7 @@ class Job:
     def end(self) -> None:
         """Leave nothing that is not saved beside an older run."""
         if self._place is not None and self._place != self.folder:
-            runs.abandon(self._place)
+            folders.abandon(self._place)
 
     def _state(self) -> dict[str, np.ndarray]:
         """What state.safetensors holds."""

@@ -23,7 +23,7 @@ from tapeless.config import whole
 from tapeless.errors import ConfigError, DataError, RunError
 from tapeless.generate import listed
 from tapeless.init import MAX_SEED
-from tapeless.io import runs, saves
+from tapeless.io import folders, runs, saves
 from tapeless.io.lock import Lock
 from tapeless.job import Job
 from tapeless.meter import Meter, Speed
@@ -148,7 +148,7 @@ def train(
             what = plan.resumed(folder, place, data, val, preset, settings, seed, engine, dtype, threads)
         else:
             if folder is not None:
-                runs.refuse(folder, overwrite)
+                folders.refuse(folder, overwrite)
             what = plan.fresh(data, val, preset, pretrained, settings, seed, engine, dtype, threads)
         if keep is not None:
             what = what._replace(keep=keep)
@@ -222,9 +222,8 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
     if t.eval_every and job.step == 0:
         _evaluate(job, progress, stop)
     if stop.asked and not job.resumed:
-        raise KeyboardInterrupt(
-            stop.asked
-        )  # there is nothing yet that would be worth a folder, or another run's place
+        # There is nothing yet that would be worth a folder, or another run's place.
+        raise KeyboardInterrupt(stop.asked)
     # Only now that nothing else can go wrong is a run begun in the folder.
     job.begin()
     chunk, saved = 1, time.monotonic()

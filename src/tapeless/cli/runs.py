@@ -121,7 +121,7 @@ def train(
     """
     from tapeless.errors import ConfigError, RunError
     from tapeless.generate import listed
-    from tapeless.io import runs
+    from tapeless.io import folders, runs
     from tapeless.presets import get_preset
     from tapeless.settings import read_toml
     from tapeless.train import Interrupted
@@ -143,10 +143,10 @@ def train(
         pretrained = name
     if out is None:
         get_preset(name)
-        existing = runs.numbered_runs(name)
+        existing = folders.numbered_runs(name)
         if resume and not existing:
             raise RunError(f"there is no run runs/{name}-N to resume: name its folder with --out.")
-        out = existing[max(existing)] if resume else runs.next_run(name)
+        out = existing[max(existing)] if resume else folders.next_run(name)
     try:
         run = train_model(
             data, preset, seed=seed, engine=engine, dtype=dtype, threads=threads, out=out, set=settings,

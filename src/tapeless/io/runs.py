@@ -19,19 +19,18 @@ where there is none, as in runs of older versions and in models saved by themsel
 Every file is written aside (in `.NAME.part/`), flushed to disk and renamed, so a killed process leaves
 the old file or the new one. But what ends in `.jsonl` only grows, by whole lines; a last line without
 its end is ignored. A run that takes the place of another one is written aside as a whole, until it has
-been saved once: see `claim`.
+been saved once: see `tapeless.io.folders`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,7 +41,6 @@ from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.errors import ConfigError, DataError, RunError
 from tapeless.io import safetensors
-from tapeless.io.lock import Lock, Locked
 from tapeless.io.tensors import Checkpoint, Stored, file_size
 from tapeless.layout import parameters
 
@@ -59,8 +57,6 @@ CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES, SAMPLES_LOG = FILES = (
 )
 BEST, CHECKPOINTS = "best", "checkpoints"
 EVERYTHING = (*FILES, CHECKPOINTS, *(f"{BEST}/{name}" for name in (CONFIG, TOKENIZER, MODEL, CHECKPOINTS)))
-NEW = ".new"  # the folder of a run that is complete, and moves into the place of the one above it
-WAITS = 200  # times 0.05 s
 
 
 # ---------------------------------------------------------------- writing
@@ -88,13 +84,16 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Flush to disk which files a folder has."""
-    with suppress(PermissionError):  # on Windows, where a folder cannot be opened
+    """Flush to disk which files a folder has, where a system can."""
+    try:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 class _CannotWrite(RunError):
@@ -352,129 +351,3 @@ def cut_log(path: Path, steps: int, size: int = sys.maxsize) -> None:
             raise RunError(f"{path} is damaged in line {number}: mend or remove it to go on.") from None
     if (text := b"".join(kept)) != content:
         write_file(path, lambda aside: aside.write_bytes(text))
-
-
-# ---------------------------------------------------------------- folders
-
-
-def refuse(folder: Path, overwrite: bool) -> None:
-    """Raise `RunError` if a new run must not be written into `folder`, which is locked if it is there."""
-    _existing_folder(folder)
-    settle(folder)
-    if not _holds_a_run(folder):
-        return
-    if not overwrite:
-        raise RunError(f"{folder} already holds a run: go on with --resume, or replace it with --overwrite.")
-    try:
-        ours = "tapeless" in read_json(folder / CONFIG)
-    except (RunError, TypeError):
-        ours = True  # missing or damaged: what else the folder holds is a run's
-    if not ours:
-        raise RunError(f"{folder} has a {CONFIG} that is no run's: choose another folder, or remove it.")
-
-
-def _existing_folder(folder: Path) -> Path:
-    """The folder, or what there is of it. Raises `RunError` if that is a file."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise RunError(f"{there} is a file; expected a folder for the run.")
-    return there
-
-
-def _holds_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in EVERYTHING)
-
-
-def claim(folder: Path, lock: Lock, overwrite: bool) -> Path:
-    """Make `folder` this process's own to write a new run into. Returns where to write it: that folder,
-    or if it holds a run one aside, until `replace` is called: so long the old run stays.
-
-    Raises `RunError` where `refuse` does, also if another process claimed it meanwhile.
-    """
-    _existing_folder(folder)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock.take()
-    refuse(folder, overwrite)
-    place = folder
-    if overwrite and _holds_a_run(folder):
-        place = folder / f"{NEW}.part"
-        abandon(place)  # by a killed process
-    with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-    with writing(place / METRICS):
-        try:
-            open(place / METRICS, "x").close()
-        except FileExistsError:
-            raise RunError(f"another process has just begun a run in {folder}.") from None
-    return place
-
-
-def abandon(aside: Path) -> None:
-    """Remove a run that was begun aside."""
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def replace(folder: Path, aside: Path) -> None:
-    """Let the run that lies complete `aside` take the place of the one in `folder`."""
-    with writing(folder / NEW):
-        os.replace(aside, folder / NEW)  # from here on the new run is the one there is
-    settle(folder)
-
-
-def await_settled(folder: Path) -> None:
-    """For who has not locked the folder: let a new run that is on its way come to its place."""
-    for _ in range(WAITS):
-        if not (folder / NEW).is_dir():
-            return
-        try:
-            with Lock(folder):
-                settle(folder)
-        except Locked:  # by the process that moves it
-            time.sleep(0.05)
-    raise RunError(f"{folder} is just being replaced: try again when that is done.")
-
-
-def settle(folder: Path) -> None:
-    """Move a new run to its place. If the process that began to is killed, the next one that asks for
-    the run goes on where it stopped."""
-    new = folder / NEW
-    if not new.is_dir():
-        return
-    if (new / CONFIG).exists():  # it moves first: as long as it is here, what lies there is old
-        remove(folder / name for name in EVERYTHING if name != CONFIG)
-        with suppress(OSError):  # it is not there, or holds something else
-            (folder / BEST).rmdir()
-    for name in EVERYTHING:
-        if (new / name).exists():
-            with writing(folder / name):
-                (folder / name).parent.mkdir(exist_ok=True)
-                os.replace(new / name, folder / name)
-    abandon(new)
-
-
-def check_room(folder: Path, nbytes: int) -> None:
-    """Raise `RunError` if the disk has no room for so much more."""
-    with writing(folder):
-        free = shutil.disk_usage(_existing_folder(folder)).free
-    if free < nbytes:
-        needed, left = nbytes / 1e9, free / 1e9
-        raise RunError(
-            f"cannot write {folder}: the run takes {needed:,.1f} GB, the disk has {left:,.1f} left."
-        )
-
-
-def numbered_runs(preset: str, base: Path = Path("runs")) -> dict[int, Path]:
-    """The folders `base/<preset>-<n>`, by n."""
-    pattern = re.compile(re.escape(preset) + r"-(\d+)")
-    found = {}
-    if base.is_dir():
-        for path in base.iterdir():
-            if match := pattern.fullmatch(path.name):
-                found[int(match[1])] = path
-    return found
-
-
-def next_run(preset: str, base: Path = Path("runs")) -> Path:
-    """The folder for a new run: `base/<preset>-<n>`, the next free number."""
-    return base / f"{preset}-{max(numbered_runs(preset, base), default=0) + 1}"

@@ -20,11 +20,12 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from tapeless.errors import Notice, RunError
-from tapeless.io import runs
+from tapeless.io import folders, runs
 from tapeless.io.runs import CHECKPOINTS, CONFIG, METRICS, MODEL, SAMPLES_LOG, STATE, TOKENIZER, Content
 from tapeless.io.tensors import Checkpoint
 
@@ -96,7 +97,7 @@ def _write(path: Path, content: Content) -> dict[str, Any]:
         content(summed)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
+        with suppress(AttributeError, OSError):  # not every system can
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return {"bytes": file.tell(), "sha256": summed.sha256.hexdigest()}
 
@@ -150,7 +151,7 @@ def newest(folder: Path, kind: str) -> Path:
     """
     if not folder.is_dir():
         raise RunError(f"no run folder {str(folder)!r}.")
-    runs.await_settled(folder)
+    folders.await_settled(folder)
     problems: list[str] = []
     while found := saved(folder):
         problems = []
@@ -162,7 +163,7 @@ def newest(folder: Path, kind: str) -> Path:
                         Notice(f"{problems[0]}; what was saved after step {step:,} is used."), stacklevel=2
                     )
                 return place
-            if not place.exists():  # any more: a process that trains there has saved meanwhile
+            if not _there(folder, place):  # any more: a process that trains there has saved meanwhile
                 break
             problems.append(problem)
         else:
@@ -171,6 +172,10 @@ def newest(folder: Path, kind: str) -> Path:
         others = "" if len(problems) == 1 else f", and so are the {len(problems) - 1} before it"
         raise RunError(f"{problems[0]}{others}: restore a copy of the run, or train anew with --overwrite.")
     return folder
+
+
+def _there(folder: Path, place: Path) -> bool:
+    return any(checkpoint.place == place for checkpoint in saved(folder))
 
 
 def damage(place: Path, names: Any) -> str:
@@ -221,5 +226,5 @@ def open_model(folder: Path) -> Checkpoint:
         try:
             return runs.open_model(folder, place)
         except RunError:
-            if place.exists():
+            if place == folder or _there(folder, place):
                 raise
