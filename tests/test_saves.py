@@ -152,6 +152,16 @@ def test_a_model_saved_over_a_run_is_the_one_there(run):
     assert not (run / "checkpoints").exists()
 
 
+def test_what_else_lies_beside_checkpoints_stays(tmp_path):
+    mine = tmp_path / "run/checkpoints"
+    (mine / "mine-step-3").mkdir(parents=True)
+    (mine / ".mine").write_text("mine")
+    for options in ((), ("--overwrite",)):
+        succeeds("train", *SMALL, *options, "--out", "run", cwd=tmp_path)
+    tl.load(tmp_path / "run").save(tmp_path / "run")
+    assert {path.name for path in mine.iterdir()} == {"mine-step-3", ".mine"}
+
+
 def test_a_file_system_without_links(run, whole, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -526,3 +536,18 @@ def test_two_that_looked_before_either_began(tmp_path):
         folders.claim(tmp_path / "run", first, False)
         with pytest.raises(RunError, match=f"process {os.getpid()} on .* is training in"):
             folders.claim(tmp_path / "run", second, False)
+
+
+def test_an_empty_compile_cache_shared_by_three(run, tmp_path):
+    """Two trainings and a sampler that all compile at once, and one that finds what they left."""
+    environ = environment(TAPELESS_CACHE_DIR=str(tmp_path / "cache"))
+    train = ("train", "--steps", "30", "--samples", "1", "--set", "n_embd=8", "--out")
+    commands = [(*train, "a"), (*train, "b"), ("sample", "run", "-n", "1")]
+    processes = [start(*command, cwd=tmp_path, env=environ) for command in commands]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    alone = succeeds(*train, "c", cwd=tmp_path, env=environ)
+    assert "Compiling" not in alone.stderr
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c")
+    assert said[0][0] == said[1][0] == alone.stdout
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".o"]

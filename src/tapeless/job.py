@@ -245,7 +245,7 @@ class Job:
         be had again for less than it takes to write it."""
         if self.folder is None:
             return
-        there = saves.saved(self.folder) if self.resumed else []
+        there = runs.saved(self.folder) if self.resumed else []
         if not self.small:
             more = max(1, min(self.about["keep"], saves.KEEP) + 1 - len(there))
             folders.check_room(self.folder, self.nbytes * more)

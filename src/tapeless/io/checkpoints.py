@@ -60,7 +60,7 @@ def with_tokenizer(model: Checkpoint) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     config = folder / runs.CONFIG
     files = [path for path in sorted(folder.glob("*.bin")) if _is_llmc(path)]
-    if saves.saved(folder) and not files:
+    if runs.saved(folder) and not files:
         return saves.open_model(folder)
     if config.exists():
         about = runs.read_json(config)

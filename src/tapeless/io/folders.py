@@ -11,9 +11,21 @@ from pathlib import Path
 
 from tapeless.errors import RunError
 from tapeless.io.lock import Lock, Locked
-from tapeless.io.runs import BEST, CONFIG, EVERYTHING, METRICS, read_json, remove, writing
+from tapeless.io.runs import (
+    BEST,
+    CONFIG,
+    EVERYTHING,
+    METRICS,
+    read_json,
+    remove,
+    remove_checkpoints,
+    saved,
+    sync,
+    writing,
+)
 
 NEW = ".new"  # the folder of a run that is complete, and moves into the place of the one above it
+PARTS = (".", BEST)  # of a run, that have checkpoints
 WAITS = 200  # times 0.05 s
 
 
@@ -42,7 +54,7 @@ def _existing_folder(folder: Path) -> Path:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in EVERYTHING)
+    return bool(saved(folder)) or any((folder / name).exists() for name in EVERYTHING)
 
 
 def claim(folder: Path, lock: Lock, overwrite: bool) -> Path:
@@ -103,6 +115,8 @@ def settle(folder: Path) -> None:
         return
     if (new / CONFIG).exists():  # it moves first: as long as it is here, what lies there is old
         remove(folder / name for name in EVERYTHING if name != CONFIG)
+        for part in PARTS:
+            remove_checkpoints(folder / part)
         with suppress(OSError):  # it is not there, or holds something else
             (folder / BEST).rmdir()
     for name in EVERYTHING:
@@ -110,6 +124,12 @@ def settle(folder: Path) -> None:
             with writing(folder / name):
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(new / name, folder / name)
+    for path in [checkpoint.place for part in PARTS for checkpoint in saved(new / part)]:
+        place = folder / path.relative_to(new)
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    sync(folder)
     abandon(new)
 
 

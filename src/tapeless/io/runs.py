@@ -27,13 +27,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -56,7 +57,8 @@ CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES, SAMPLES_LOG = FILES = (
     "samples.jsonl",
 )
 BEST, CHECKPOINTS = "best", "checkpoints"
-EVERYTHING = (*FILES, CHECKPOINTS, *(f"{BEST}/{name}" for name in (CONFIG, TOKENIZER, MODEL, CHECKPOINTS)))
+EVERYTHING = (*FILES, *(f"{BEST}/{name}" for name in (CONFIG, TOKENIZER, MODEL)))
+PART = ".part"  # a checkpoint that is being written
 
 
 # ---------------------------------------------------------------- writing
@@ -174,7 +176,9 @@ def _write_model(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, t
     contents = contents_of_model(config, tokenizer, tensors, {})
     for name, content in contents.items():
         write_content(folder / name, content)
-    remove(folder / name for name in (TOKENIZER, CHECKPOINTS) if name not in contents)
+    if tokenizer is None:
+        remove([folder / TOKENIZER])  # of another model saved here before
+    remove_checkpoints(folder)
 
 
 def contents_of_model(
@@ -222,16 +226,54 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove files, and folders with all they hold: of these nothing is left to be found at once."""
     for path in paths:
         with writing(path):
-            gone = path.with_name(f".{path.name}.gone")
-            shutil.rmtree(gone, ignore_errors=True)  # of a killed process
-            if path.is_dir():
-                os.replace(path, gone)
-                shutil.rmtree(gone, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class Saved(NamedTuple):
+    """A checkpoint's number, steps, and folder."""
+
+    number: int
+    step: int
+    place: Path
+
+
+def saved(folder: Path) -> list[Saved]:
+    """The checkpoints of a run, whole or not, the newest first."""
+    found = []
+    with suppress(OSError):  # there are none
+        for path in (folder / CHECKPOINTS).iterdir():
+            if name := re.fullmatch(r"(\d+)-step-(\d+)", path.name):
+                found.append(Saved(int(name[1]), int(name[2]), path))
+    return sorted(found, reverse=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left beside checkpoints."""
+    store = folder / CHECKPOINTS
+    for left in (store / PART, *store.glob(".*-step-*.gone")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_checkpoint(place: Path) -> None:
+    """At once, as far as others can see."""
+    with writing(place):
+        gone = place.with_name(f".{place.name}.gone")
+        os.replace(place, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """The newest last: it counts as long as it is there."""
+    sweep(folder)
+    for checkpoint in reversed(saved(folder)):
+        remove_checkpoint(checkpoint.place)
+    with suppress(OSError):  # there is none, or it holds something else
+        (folder / CHECKPOINTS).rmdir()
 
 
 # ---------------------------------------------------------------- reading

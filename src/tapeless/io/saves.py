@@ -16,41 +16,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from tapeless.errors import Notice, RunError
 from tapeless.io import folders, runs
-from tapeless.io.runs import CHECKPOINTS, CONFIG, METRICS, MODEL, SAMPLES_LOG, STATE, TOKENIZER, Content
+from tapeless.io.runs import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    MODEL,
+    PART,
+    SAMPLES_LOG,
+    STATE,
+    TOKENIZER,
+    Content,
+    Saved,
+    saved,
+)
 from tapeless.io.tensors import Checkpoint
 
 MANIFEST = "manifest.json"
-PART = ".part"
 KEEP, MAX_KEEP = 2, 2**31 - 1  # the newest, and one to fall back to
-
-
-class Saved(NamedTuple):
-    """A checkpoint's number, steps, and folder."""
-
-    number: int
-    step: int
-    place: Path
-
-
-def saved(folder: Path) -> list[Saved]:
-    """The checkpoints of a run, whole or not, the newest first."""
-    try:
-        names = [
-            (re.fullmatch(r"(\d+)-step-(\d+)", path.name), path) for path in (folder / CHECKPOINTS).iterdir()
-        ]
-    except OSError:
-        return []
-    return sorted((Saved(int(name[1]), int(name[2]), path) for name, path in names if name), reverse=True)
 
 
 # ---------------------------------------------------------------- writing
@@ -66,8 +57,7 @@ def save(folder: Path, step: int, contents: Mapping[str, Content], keep: int = K
     aside = store / PART
     with runs.writing(store):
         store.mkdir(parents=True, exist_ok=True)
-        for left in store.glob(".*"):  # by a killed process
-            shutil.rmtree(left, ignore_errors=True)
+        runs.sweep(folder)
         aside.mkdir()
     try:
         about: dict[str, Any] = {"step": step, "files": {}, "logs": {}}
@@ -135,7 +125,7 @@ def discard(old: list[Saved]) -> None:
     """Remove checkpoints; what cannot be removed is no reason to stop."""
     for checkpoint in old:
         try:
-            runs.remove([checkpoint.place])
+            runs.remove_checkpoint(checkpoint.place)
         except RunError as error:
             warnings.warn(Notice(str(error)), stacklevel=2)
 
