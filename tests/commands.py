@@ -28,11 +28,12 @@ def tapeless(*arguments: Any, cwd: Path, **options: Any) -> subprocess.Completed
     )  # fmt: skip
 
 
-def start(*arguments: Any, cwd: Path) -> subprocess.Popen[str]:
-    """Start a command, to be interrupted."""
+def start(*arguments: Any, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+    """Start a command, to be interrupted or run beside others."""
+    options = {"env": environment()} | options
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
-        cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", **options,
     )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_a_board_without_a_random_generator_takes_noise(sketch: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["train", "generate", "both"])
 def test_modes_of_a_model_with_a_nasty_name(mode: str, trained: Path, tmp_path: Path) -> None:
-    more = () if mode == "generate" else ("--steps", 30)
+    more = () if mode == "generate" else ("--steps", 30, "--set", "samples=20")
     losses, texts = (0 if mode == "generate" else 1), (0 if mode == "train" else 20)
     for to, there in (("esp-idf", on_a_chip), ("arduino", on_a_board)):
         project = export(trained, "--to", to, "--mode", mode, *more, out=tmp_path / to)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -13,7 +15,9 @@ def main() -> NoReturn:
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure:  # a text that the terminal cannot show is no reason to stop
             reconfigure(errors="backslashreplace")
-    code = run(sys.argv[1:])
+    with warnings.catch_warnings():
+        warnings.showwarning = _tell
+        code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -49,10 +53,22 @@ def run(arguments: Sequence[str]) -> int:
         return _error("there is not enough memory for this: choose smaller sizes.")
     except OSError as error:
         return _failed(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("Interrupted.", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0
+
+
+_usual = warnings.showwarning
+
+
+def _tell(message: Warning | str, *where: Any, **more: Any) -> None:
+    from tapeless.errors import Notice
+
+    if isinstance(message, Notice):
+        print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        _usual(message, *where, **more)
 
 
 def _error(message: str) -> int:

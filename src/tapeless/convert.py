@@ -104,5 +104,6 @@ def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
                 os.replace(aside / name, folder / name)
             old = [folder / name for name in MODEL_FILES if name not in new]
             runs.remove([*old, *folder.glob("model-*-of-*.safetensors")])
+            runs.remove_checkpoints(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -26,6 +26,10 @@ class NumericsError(TapelessError):
     """Training produced a loss that is not a finite number."""
 
 
+class Notice(UserWarning):
+    """Something to know that is no error; the command line prints it on one line."""
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known word, or the list of known words."""
     known = list(known)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from tapeless.engine import uses
 from tapeless.errors import DataError, NumericsError, RunError
 from tapeless.evaluate import score
 from tapeless.generate import generate
-from tapeless.io import runs
+from tapeless.io import folders, runs, saves
+from tapeless.io.lock import Lock
 from tapeless.memory import SNAPSHOTS
 from tapeless.model import GPT
 from tapeless.optim import learning_rates
@@ -43,7 +46,7 @@ class Job:
     longest: int
     rng: Random
     about: dict[str, Any]  # what config.json says besides the model
-    folder: Path | None
+    lock: Lock  # on the run folder
     log_every: int
     overwrite: bool  # a run that stands in the folder
     resumed: bool = False
@@ -54,12 +57,14 @@ class Job:
     texts: dict[int, list[str]] = field(default_factory=dict)  # generated while training
     _logged: int = 0  # steps already in metrics.jsonl
     _saved: int | None = None  # the step of the state in the folder
+    _taken: Path | None = None  # the checkpoint it was resumed from
     _place: Path | None = None  # where files are written, once it has begun: `folder`, or aside at first
 
     def __post_init__(self) -> None:
         t = self.training
         constants = t.beta1, t.beta2, t.eps, t.weight_decay, t.momentum, t.grad_clip
         self.model.engine.optimiser.constants[:] = constants
+        self.folder = self.lock.folder
         self.small = self.model.engine.params.nbytes <= SNAPSHOTS
         self._good: deque[tuple[Any, ...]] = deque()
 
@@ -125,8 +130,9 @@ class Job:
         if better:
             self.best = (loss, self.step)
             if self._place is not None and self.step:
-                about = self.about | {"step": self.step, "val_loss": loss}
-                self._save_model(self._place / runs.BEST, about)
+                contents = self._contents(self.about | {"step": self.step, "val_loss": loss})
+                with self.told():
+                    saves.save(self._place / runs.BEST, self.step, contents, keep=1)
         return better
 
     @property
@@ -188,10 +194,10 @@ class Job:
         self.val_losses = {step: loss for step, loss in self.val_losses.items() if step <= self.step}
         self.texts = {step: texts for step, texts in self.texts.items() if step <= self.step}
         if self._place is not None:
+            self._logged = min(self._logged, self.step)
+            self.save()  # first: as long as an older state is the last one, its rows must be there
             for log in (runs.METRICS, runs.SAMPLES_LOG):
                 runs.cut_log(self._place / log, self.step)
-            self._logged = min(self._logged, self.step)
-            self.save()
         self._give_up(message)
 
     def keep(self) -> None:
@@ -239,9 +245,16 @@ class Job:
         be had again for less than it takes to write it."""
         if self.folder is None:
             return
+        there = runs.saved(self.folder) if self.resumed else []
         if not self.small:
-            runs.check_room(self.folder, self.nbytes)
-        self._place = self.folder if self.resumed else runs.claim(self.folder, self.overwrite)
+            more = max(1, min(self.about["keep"], saves.KEEP) + 1 - len(there))
+            folders.check_room(self.folder, self.nbytes * more)
+        if self.resumed:
+            self._place = self.folder
+            saves.discard(list(takewhile(lambda checkpoint: checkpoint.place != self._taken, there)))
+            runs.begin_log(self.folder / runs.METRICS)
+        else:
+            self._place = folders.claim(self.folder, self.lock, self.overwrite)
         if self.small:
             self.save()
 
@@ -256,18 +269,25 @@ class Job:
             if rows := self._new_rows():
                 runs.append_rows(self._place / runs.METRICS, rows)
             self.log_texts()
-            runs.write_tensors(self._place / runs.STATE, self._state())
-        if self._saved is not None:  # the other files are there: they may be older
-            self._saved = self.step
-        self._save_model(self._place, self.about)
+            state = {runs.STATE: runs.content_of_tensors(self._state())}
+            saves.save(self._place, self.step, self._contents(self.about) | state, self.about["keep"])
         if self.folder is not None and self._place != self.folder:
-            runs.replace(self.folder, self._place)
+            folders.replace(self.folder, self._place)
             self._place = self.folder
         self._saved = self.step
 
-    def _save_model(self, folder: Path, about: dict[str, Any]) -> None:
-        with self.told():
-            runs.save_model(folder, self.model.config, self.model.tokenizer, dict(self.model.params), about)
+    def close(self) -> None:
+        """Save for the last time. Texts of an earlier end go first: whether there are any tells `restore`
+        if all was done at this one."""
+        if self._place is not None and self.step == self.training.steps and self.training.samples:
+            with self.told():
+                runs.remove([self._place / runs.SAMPLES])
+        self.save()
+
+    def _contents(self, about: dict[str, Any]) -> dict[str, runs.Content]:
+        """What the model's files hold now."""
+        params = runs.content_of_tensors(dict(self.model.params))
+        return runs.contents_of_model(self.model.config, self.model.tokenizer, params, about)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -281,6 +301,7 @@ class Job:
         """Append to samples.jsonl the texts that are not there yet."""
         if self.texts and self._place is not None:
             rows = [{"step": step, "samples": texts} for step, texts in self.texts.items()]
+            runs.begin_log(self._place / runs.SAMPLES_LOG)
             runs.append_rows(self._place / runs.SAMPLES_LOG, rows)
         self.texts = {}
 
@@ -295,7 +316,7 @@ class Job:
     def end(self) -> None:
         """Leave nothing that is not saved beside an older run."""
         if self._place is not None and self._place != self.folder:
-            runs.abandon(self._place)
+            folders.abandon(self._place)
 
     def _state(self) -> dict[str, np.ndarray]:
         """What state.safetensors holds."""
@@ -326,10 +347,10 @@ class Job:
         self._logged = self.step
         return rows
 
-    def restore(self) -> None:
-        """Take up the state saved in the run folder."""
+    def restore(self, place: Path) -> None:
+        """Take up the state saved in `place`: a checkpoint of the run folder, or that folder itself."""
         assert self.folder is not None
-        path = self.folder / runs.STATE
+        path = place / runs.STATE
         state = self._state()
         runs.read_into(state, path)
         self.step = int(state["step"][0])
@@ -340,15 +361,20 @@ class Job:
             raise RunError(f"{path} is damaged: its random state is none.") from None
         if self.step < 0 or not self._finite():
             raise RunError(f"{path} is damaged: it holds numbers that training cannot go on from.")
-        if self.step >= self.training.steps:
+        if place != self.folder:
+            saves.publish(self.folder, place)  # a killed process may not have come to that
+        t, texts = self.training, self.folder / runs.SAMPLES
+        ended = self.step == t.steps
+        if self.step > t.steps or (ended and (texts.exists() or not t.samples)):
             raise RunError(
-                f"{self.folder} is complete: {self.step} steps of {self.training.steps}. "
-                "Give more --steps to go on."
+                f"{self.folder} is complete: {self.step} steps of {t.steps}. Give more --steps to go on."
             )
-        self.resumed = True
+        self.resumed, self._taken = True, place
         self._logged = self._saved = self.step
-        for log in (runs.METRICS, runs.SAMPLES_LOG):
-            runs.cut_log(self.folder / log, self.step)
+        sizes = saves.logged(place)
+        # At the end, texts come after the last save; they are still to be generated.
+        for log, steps in ((runs.METRICS, self.step), (runs.SAMPLES_LOG, self.step - ended)):
+            runs.cut_log(self.folder / log, steps, sizes.get(log, sys.maxsize))
 
     # ------------------------------------------------------------ for people
 

@@ -14,8 +14,10 @@ from tapeless.data.tokenizers import MADE, CharTokenizer
 from tapeless.engine import check_engine
 from tapeless.errors import ConfigError, RunError
 from tapeless.init import MAX_SEED, generator
-from tapeless.io import runs
+from tapeless.io import runs, saves
 from tapeless.io.checkpoints import open_model, with_tokenizer
+from tapeless.io.lock import NOWHERE, Lock
+from tapeless.io.saves import KEEP, MAX_KEEP
 from tapeless.io.tensors import Checkpoint
 from tapeless.job import Job
 from tapeless.memory import check_memory
@@ -45,6 +47,8 @@ class Plan(NamedTuple):
     pretrained: str | None = None  # where the weights came from
     checkpoint: Checkpoint | None = None
     folder: Path | None = None  # of the saved run
+    saved: Path | None = None  # where its checkpoint lies
+    keep: int = KEEP  # checkpoints
     digests: tuple[str, str | None] | None = None  # of the data it was trained and validated on
 
 
@@ -117,7 +121,8 @@ def _with_window(settings: dict[str, Any], model: GPTConfig, source: str | Path)
 
 
 def resumed(
-    folder: Path | None,
+    folder: Path,
+    place: Path,
     data: str | Path | None,
     val: str | Path | None,
     preset: str | None,
@@ -127,13 +132,11 @@ def resumed(
     dtype: str | None,
     threads: int | None,
 ) -> Plan:
-    """The run saved in `folder`, with what is given changed.
+    """The run of `folder` as it was saved in `place`, with what is given changed.
 
     Raises `RunError` where there is none, or it was started with something else that cannot change.
     """
-    if folder is None:
-        raise RunError("resume needs the run's folder: give out.")
-    config, saved = runs.read_config(folder)
+    config, saved = runs.read_config(place)
     try:
         whole("seed", saved["seed"], 0, MAX_SEED)
         strings = [saved[k] for k in ("preset", "tokenizer", "data", "engine", "digest")]
@@ -153,11 +156,13 @@ def resumed(
             threads,
             pretrained=saved["pretrained"],
             folder=folder,
+            saved=place,
+            keep=whole("keep", saved.get("keep", KEEP), 1, MAX_KEEP),
             digests=(saved["digest"], saved["val_digest"]),
         )
     except (KeyError, TypeError, ConfigError):
         raise RunError(
-            f"{folder / runs.CONFIG} does not describe a training run, so it cannot be resumed."
+            f"{place / runs.CONFIG} does not describe a training run, so it cannot be resumed."
         ) from None
     for what, was, now in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
         if now is not None and now != was:
@@ -177,7 +182,7 @@ def _difference(old: GPTConfig, new: GPTConfig) -> str:
     )
 
 
-def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) -> Job:
+def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: bool = False) -> Job:
     """Read the data and build the model; everything that can be refused is refused here."""
     chosen, training = plan.preset, plan.preset.training
     check_engine(plan.engine, plan.dtype)
@@ -223,10 +228,11 @@ def prepare(plan: Plan, folder: Path | None, log_every: int, overwrite: bool) ->
         "engine": plan.engine,
         "dtype": str(model.engine.dtype),
         "threads": model.engine.team(training.batch_size),
+        "keep": plan.keep,
     }
-    job = Job(model, training, data, order, batches, longest, rng, about, folder, log_every, overwrite)
-    if plan.folder is not None:
-        job.restore()
+    job = Job(model, training, data, order, batches, longest, rng, about, lock, log_every, overwrite)
+    if plan.saved is not None:
+        job.restore(plan.saved)
     return job
 
 
@@ -244,8 +250,8 @@ def _read(plan: Plan) -> Data:
     tokenizer: Any = chosen.tokenizer
     if tokenizer == SAVED and plan.checkpoint is not None:
         tokenizer = plan.checkpoint.tokenizer
-    elif tokenizer == SAVED and plan.folder is not None:
-        tokenizer = runs.read_tokenizer(plan.folder, chosen.model.vocab)
+    elif tokenizer == SAVED and plan.saved is not None:
+        tokenizer = runs.read_tokenizer(plan.saved, chosen.model.vocab)
     return open_data(
         plan.data,
         plan.val,
@@ -261,7 +267,8 @@ def _read(plan: Plan) -> Data:
 
 def held_out(folder: Path) -> Tokens:
     """What a saved run is validated on. Raises `RunError` if it has nothing of that kind."""
-    val = _read(resumed(folder, None, None, None, {}, None, None, None, None)).val
+    place = saves.newest(folder, runs.MODEL)  # as for the model itself
+    val = _read(resumed(folder, place, None, None, None, {}, None, None, None, None)).val
     if val is None:
         raise RunError(f"{folder} was trained with nothing to validate on: give the data to evaluate it on.")
     return val

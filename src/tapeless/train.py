@@ -20,10 +20,11 @@ import numpy as np
 
 from tapeless import plan
 from tapeless.config import whole
-from tapeless.errors import ConfigError, DataError
+from tapeless.errors import ConfigError, DataError, RunError
 from tapeless.generate import listed
 from tapeless.init import MAX_SEED
-from tapeless.io import runs
+from tapeless.io import folders, runs, saves
+from tapeless.io.lock import Lock
 from tapeless.job import Job
 from tapeless.meter import Meter, Speed
 from tapeless.model import GPT
@@ -51,11 +52,12 @@ class Run:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training, after the present chunk; `run` is what there is, saved if it has a folder."""
+    """Ctrl-C during training, after the present chunk; `run` is what there is, saved if it has a folder.
+    `signal` is SIGINT, or SIGTERM, which does the same."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, signal: int):
         super().__init__(f"interrupted after step {len(run.losses)}")
-        self.run = run
+        self.run, self.signal = run, signal
 
 
 class Progress(Protocol):
@@ -94,6 +96,7 @@ def train(
     log_every: int = 1,
     resume: bool = False,
     overwrite: bool = False,
+    keep: int | None = None,
     progress: bool | Progress | None = None,
 ) -> Run:
     """Train a model on documents or a long text, and let it generate `samples` texts.
@@ -111,15 +114,17 @@ def train(
     `block_size` tokens if that is set; a preset given beside it must be of its architecture.
 
     `out` is the run folder to write; None writes nothing. `resume` goes on with the run in `out` as it
-    was set up, with whatever is given here changed; `overwrite` starts anew over it. `progress=False`
-    is silent.
+    was set up, with whatever is given here changed; `overwrite` starts anew over it. `keep` is the number
+    of checkpoints that stay there, the newest; None means 2, so that there is one to fall back to.
+    `progress=False` is silent.
 
     Raises `ConfigError`, `DataError` or `RunError` before anything is written or lost,
     `NumericsError` if a loss is not finite (the last good state is saved), and `Interrupted` (a
-    KeyboardInterrupt) after Ctrl-C, with everything saved.
+    KeyboardInterrupt) after Ctrl-C or SIGTERM, with everything saved.
     """
     log_every = whole("log_every", log_every, 1, MAX_STEPS)
     seed = None if seed is None else whole("seed", seed, 0, MAX_SEED)
+    keep = None if keep is None else whole("keep", keep, 1, saves.MAX_KEEP)
     if not isinstance(set or {}, Mapping):
         raise ConfigError(f"set must be a dictionary of settings by name, not {set!r}.")
     folder = None if out is None else Path(out)
@@ -127,22 +132,27 @@ def train(
         "steps": steps, "batch_size": batch_size, "lr": lr, "samples": samples, "temperature": temperature
     }  # fmt: skip
     settings = dict(set or {}) | {name: value for name, value in given.items() if value is not None}
-    if resume:
-        if overwrite:
-            raise ConfigError("resume goes on with a run, overwrite replaces it: choose one of them.")
-        if pretrained is not None:
-            raise ConfigError("resume goes on with a run's own model, pretrained begins with another one.")
-        what = plan.resumed(folder, data, val, preset, settings, seed, engine, dtype, threads)
-    else:
-        if folder is not None:
-            runs.refuse(folder, overwrite)
-        what = plan.fresh(data, val, preset, pretrained, settings, seed, engine, dtype, threads)
-    job = plan.prepare(what, folder, log_every, overwrite)
+    if resume and overwrite:
+        raise ConfigError("resume goes on with a run, overwrite replaces it: choose one of them.")
+    if resume and pretrained is not None:
+        raise ConfigError("resume goes on with a run's own model, pretrained begins with another one.")
+    if resume and folder is None:
+        raise RunError("resume needs the run's folder: give out.")
     if progress is None or progress is True:
         from tapeless.progress import Console
 
         progress = Console()
-    return _run(job, progress or Silent())
+    with Lock(folder) as lock:
+        if resume and folder is not None:
+            place = saves.newest(folder, runs.STATE)
+            what = plan.resumed(folder, place, data, val, preset, settings, seed, engine, dtype, threads)
+        else:
+            if folder is not None:
+                folders.refuse(folder, overwrite)
+            what = plan.fresh(data, val, preset, pretrained, settings, seed, engine, dtype, threads)
+        if keep is not None:
+            what = what._replace(keep=keep)
+        return _run(plan.prepare(what, lock, log_every, overwrite), progress or Silent())
 
 
 class Silent:
@@ -167,7 +177,7 @@ def _run(job: Job, progress: Progress) -> Run:
     progress.start(job.headline())
     _compile(job, progress)
     # A step that overflows is found by looking at its results; NumPy need not warn as well.
-    with _stop_on_interrupt(progress) as stop, np.errstate(all="ignore"):
+    with _stop_on_signals(progress) as stop, np.errstate(all="ignore"):
         progress.begin(job.step, t.steps)
         try:
             _loop(job, progress, stop)
@@ -177,17 +187,16 @@ def _run(job: Job, progress: Progress) -> Run:
         finally:
             progress.finish()
             job.end()
-    interrupted = stop.asked and job.step < t.steps
     losses = np.concatenate(job.losses) if job.losses else np.empty(0)
     run = Run(job.model, losses, [], job.folder, job.step, job.val_losses, job.best[1] or None)
-    if interrupted:
-        raise Interrupted(run)
+    if stop.asked and job.step < t.steps:
+        raise Interrupted(run, stop.asked)
     if t.samples:
         run.samples = job.generate(t.samples)
         if job.folder is not None:
             with job.told():
-                runs.write_text(job.folder / runs.SAMPLES, "".join(listed(run.samples)))
                 job.log_texts()
+                runs.write_text(job.folder / runs.SAMPLES, "".join(listed(run.samples)))
     return run
 
 
@@ -213,7 +222,8 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
     if t.eval_every and job.step == 0:
         _evaluate(job, progress, stop)
     if stop.asked and not job.resumed:
-        raise KeyboardInterrupt  # there is nothing yet that would be worth a folder, or another run's place
+        # There is nothing yet that would be worth a folder, or another run's place.
+        raise KeyboardInterrupt(stop.asked)
     # Only now that nothing else can go wrong is a run begun in the folder.
     job.begin()
     chunk, saved = 1, time.monotonic()
@@ -234,12 +244,11 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
             with suppress(KeyboardInterrupt), stop.by_asking_twice():
                 progress.sampled(job.step, job.sample())
         chunk = max(1, min(8 * chunk, int(k * CHUNK_SECONDS / max(seconds, 1e-9))))
-        if job.folder is not None and (began := time.monotonic()) - saved > pause:
+        if job.folder is not None and job.step < t.steps and (began := time.monotonic()) - saved > pause:
             job.save()
             saved = time.monotonic()
             pause = max(SAVE_SECONDS, (saved - began) / SAVE_SHARE)
-    if job.folder is not None:
-        job.save()
+    job.close()
 
 
 def _evaluate(job: Job, progress: Progress, stop: _Stop) -> None:
@@ -252,18 +261,18 @@ def _evaluate(job: Job, progress: Progress, stop: _Stop) -> None:
 
 
 class _Stop:
-    """What Ctrl-C does in place of an exception in the middle of a step: `asked` is true from then on.
-    What takes long besides steps is left out when it comes twice."""
+    """What Ctrl-C does in place of an exception in the middle of a step, and SIGTERM: `asked` is from then
+    on the signal that came. What takes long besides steps is left out when one comes twice."""
 
     def __init__(self, progress: Progress):
-        self.asked = False
+        self.asked = 0
         self._long = False
         self._tell = getattr(progress, "stopping", Silent().stopping)
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, number: int, _: object) -> None:
         if self._long and self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number
         if self._long:
             self._tell()
 
@@ -278,14 +287,15 @@ class _Stop:
 
 
 @contextmanager
-def _stop_on_interrupt(progress: Progress) -> Iterator[_Stop]:
+def _stop_on_signals(progress: Progress) -> Iterator[_Stop]:
     """Only the main thread gets signals; elsewhere nothing is ever asked."""
     stop = _Stop(progress)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -102,6 +102,9 @@ def train(
         Path | None, option("Folder to write the run into.", "DIR", "runs/PRESET-N, the next free N")
     ] = None,
     log_every: Annotated[int, typer.Option(metavar="N", help="Steps between lines of metrics.jsonl.")] = 1,
+    keep: Annotated[
+        int | None, option("Checkpoints to keep, the newest.", "N", "2, one to fall back to")
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -118,7 +121,7 @@ def train(
     """
     from tapeless.errors import ConfigError, RunError
     from tapeless.generate import listed
-    from tapeless.io import runs
+    from tapeless.io import folders, runs
     from tapeless.presets import get_preset
     from tapeless.settings import read_toml
     from tapeless.train import Interrupted
@@ -140,14 +143,15 @@ def train(
         pretrained = name
     if out is None:
         get_preset(name)
-        existing = runs.numbered_runs(name)
+        existing = folders.numbered_runs(name)
         if resume and not existing:
             raise RunError(f"there is no run runs/{name}-N to resume: name its folder with --out.")
-        out = existing[max(existing)] if resume else runs.next_run(name)
+        out = existing[max(existing)] if resume else folders.next_run(name)
     try:
         run = train_model(
             data, preset, seed=seed, engine=engine, dtype=dtype, threads=threads, out=out, set=settings,
             val=val, pretrained=pretrained, log_every=log_every, resume=resume, overwrite=overwrite,
+            keep=keep,
         )  # fmt: skip
     except ConfigError as error:
         # A message about a setting begins with its name.
@@ -160,7 +164,7 @@ def train(
             f"Stopped after step {stopped.run.steps:,}; saved. "
             f"Go on with: tapeless train --resume --out {quoted(out)}"
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + stopped.signal) from None
     print(*listed(run.samples), sep="", end="")
     if run.best is not None and run.best < run.steps:
         say(f"The best model, of step {run.best:,}, is in {out / runs.BEST}.")

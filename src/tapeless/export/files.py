@@ -92,7 +92,7 @@ def write(out: Path, kind: Kind, texts: dict[str, str]) -> None:
     """Write the files aside, then put each in its place, and take away those of an earlier project."""
     folder = out.resolve()
     texts = texts | {LIST: "".join(f"{name}\n" for name in [*texts, *kind.built])}
-    old = [name for name in _listed(folder) if name not in texts]
+    old = [name for name in (*_listed(folder), *kind.built) if name not in texts]
     aside = folder.with_name(f".{folder.name}.part")
     with runs.writing(out):
         shutil.rmtree(aside, ignore_errors=True)

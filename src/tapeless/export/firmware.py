@@ -98,7 +98,7 @@ def prepare(
         raise ConfigError(NO_BOS)
     if not training.of_documents:
         raise ConfigError(f"chips train on documents, not on order={training.order}: set order=shuffle.")
-    job = plan.prepare(what, None, 1, False)
+    job = plan.prepare(what)
     tokenizer, config = job.model.tokenizer, _on_chip(job.model.config)
     if tokenizer is None or tokenizer.bos is None:
         raise ConfigError(NO_BOS)

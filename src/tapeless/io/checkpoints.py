@@ -9,7 +9,7 @@ from tapeless import hub
 from tapeless.data import shards
 from tapeless.data.tokenizers import find_tokenizer, read_tokenizer
 from tapeless.errors import RunError
-from tapeless.io import huggingface, llmc, runs
+from tapeless.io import huggingface, llmc, runs, saves
 from tapeless.io.tensors import Checkpoint
 
 READ = "a run folder, a Hugging Face folder of GPT-2, or a model file of llm.c"
@@ -60,6 +60,8 @@ def with_tokenizer(model: Checkpoint) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     config = folder / runs.CONFIG
     files = [path for path in sorted(folder.glob("*.bin")) if _is_llmc(path)]
+    if runs.saved(folder) and not files:
+        return saves.open_model(folder)
     if config.exists():
         about = runs.read_json(config)
         keys = about.keys() if isinstance(about, dict) else set()
@@ -70,7 +72,7 @@ def _open_folder(folder: Path) -> Checkpoint:
                 f"{folder} holds two models, that of {runs.CONFIG} and {files[0].name}: "
                 "move one of them away."
             )
-        return runs.open_model(folder) if "tapeless" in keys else huggingface.open_model(folder)
+        return saves.open_model(folder) if "tapeless" in keys else huggingface.open_model(folder)
     if len(files) == 1:
         return llmc.open_model(files[0])
     if files:

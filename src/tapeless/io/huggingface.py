@@ -17,7 +17,15 @@ from tapeless.data.bpe import BPETokenizer
 from tapeless.data.tokenizers import find_tokenizer
 from tapeless.errors import ConfigError, RunError
 from tapeless.io import gpt2, safetensors
-from tapeless.io.runs import CONFIG, MODEL, TOKENIZER, read_json, write_file, write_json, write_tokenizer
+from tapeless.io.runs import (
+    CONFIG,
+    MODEL,
+    TOKENIZER,
+    content_of_tokenizer,
+    read_json,
+    write_content,
+    write_json,
+)
 from tapeless.io.tensors import Checkpoint, Part, Stored
 
 INDEX = "model.safetensors.index.json"
@@ -165,7 +173,7 @@ def write_model(folder: Path, model: Checkpoint, dtype: np.dtype) -> None:
             for block in model.blocks(names.ours):
                 yield block.astype(dtype)
 
-    write_file(folder / MODEL, lambda aside: safetensors.write(aside, entries, blocks(), {"format": "pt"}))
+    write_content(folder / MODEL, lambda file: safetensors.write(file, entries, blocks(), {"format": "pt"}))
     write_json(folder / CONFIG, _about(model, dtype))
     _write_tokenizer(folder, model)
 
@@ -177,7 +185,9 @@ def _write_tokenizer(folder: Path, model: Checkpoint) -> None:
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     if isinstance(tokenizer, BPETokenizer) and find_tokenizer(folder) is None:
-        write_tokenizer(folder, tokenizer)  # it lay beside the model, or in files of other names
+        write_content(
+            folder / TOKENIZER, content_of_tokenizer(tokenizer)
+        )  # it lay beside the model, or in files of other names
 
 
 def _about(model: Checkpoint, dtype: np.dtype) -> dict[str, Any]:

@@ -8,24 +8,33 @@ metrics.jsonl        one object a logged step: step (from 1), loss, lr, and at e
 samples.txt          texts generated at the end
 samples.jsonl        with sample_every, one object each time: step, samples
 best/                the model that was best in validation, as a folder of its own
+checkpoints/         what was saved last and before: see `tapeless.io.saves`
+    0012-step-900/   the twelfth save: the first four files, and manifest.json with their checksums
+.lock                there while a process trains: see `tapeless.io.lock`
+
+The first four files at the top are the newest checkpoint's, as hard links where the file system has
+them: they are there for other programs. tapeless itself reads the newest checkpoint that is whole; only
+where there is none, as in runs of older versions and in models saved by themselves, those at the top.
 
 Every file is written aside (in `.NAME.part/`), flushed to disk and renamed, so a killed process leaves
 the old file or the new one. But what ends in `.jsonl` only grows, by whole lines; a last line without
 its end is ignored. A run that takes the place of another one is written aside as a whole, until it has
-been saved once: see `claim`.
+been saved once: see `tapeless.io.folders`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -47,9 +56,9 @@ CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES, SAMPLES_LOG = FILES = (
     "samples.txt",
     "samples.jsonl",
 )
-BEST = "best"
+BEST, CHECKPOINTS = "best", "checkpoints"
 EVERYTHING = (*FILES, *(f"{BEST}/{name}" for name in (CONFIG, TOKENIZER, MODEL)))
-NEW = ".new"  # the folder of a run that is complete, and moves into the place of the one above it
+PART = ".part"  # a checkpoint that is being written
 
 
 # ---------------------------------------------------------------- writing
@@ -71,8 +80,22 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             with open(aside / path.name, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(aside / path.name, path)
+            sync(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Flush to disk which files a folder has, where a system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 class _CannotWrite(RunError):
@@ -94,21 +117,40 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(content))
+
+
+def as_json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
+    write_content(path, content_of_text(text))
+
+
+Content = Callable[[BinaryIO], object]  # what writes a file's bytes
+
+
+def write_content(path: Path, content: Content) -> None:
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:
+            content(file)
+
+    write_file(path, write)
+
+
+def content_of_text(text: str) -> Content:
     # A file name need not be Unicode; what of it cannot be encoded becomes "\udcxx", as in JSON.
-    content = text.encode("utf-8", errors="backslashreplace")
-    write_file(path, lambda aside: aside.write_bytes(content))
+    encoded = text.encode("utf-8", errors="backslashreplace")
+    return lambda file: file.write(encoded)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def content_of_tensors(tensors: Mapping[str, np.ndarray]) -> Content:
     # The widest numbers first, so that each tensor lies where its own may.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     entries = [(name, tensor.dtype, tensor.shape) for name, tensor in ordered]
     blocks = [tensor for _, tensor in ordered]
-    write_file(path, lambda aside: safetensors.write(aside, entries, blocks, METADATA))
+    return lambda file: safetensors.write(file, entries, blocks, METADATA)
 
 
 def save_model(
@@ -116,34 +158,46 @@ def save_model(
     config: GPTConfig,
     tokenizer: Tokenizer | None,
     params: dict[str, np.ndarray],
-    about: dict[str, Any] | None = None,
 ) -> None:
-    """Write config.json, tokenizer.json and model.safetensors. Raises `RunError` if that fails."""
-    _write_about(folder, config, tokenizer, about or {})
-    write_tensors(folder / MODEL, params)
+    """Write config.json, tokenizer.json and model.safetensors, in place of a run or model that is there.
+    Raises `RunError` if that fails."""
+    _write_model(folder, config, tokenizer, content_of_tensors(params))
 
 
 def write_model(folder: Path, model: Checkpoint) -> None:
     """The same for a model in files, with numbers of float32."""
-    _write_about(folder, model.config, model.tokenizer, {})
     entries = [(name, FLOAT, shape) for name, shape in _shapes(model.config).items()]
     blocks = (block.astype(FLOAT) for name, *_ in entries for block in model.blocks(name))
-    write_file(folder / MODEL, lambda aside: safetensors.write(aside, entries, blocks, METADATA))
+    tensors: Content = lambda file: safetensors.write(file, entries, blocks, METADATA)  # noqa: E731
+    _write_model(folder, model.config, model.tokenizer, tensors)
 
 
-def _write_about(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, about: dict[str, Any]) -> None:
-    from tapeless import __version__
-
-    write_json(folder / CONFIG, {"tapeless": __version__, "model": config.to_dict(), **about})
+def _write_model(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, tensors: Content) -> None:
+    contents = contents_of_model(config, tokenizer, tensors, {})
+    for name, content in contents.items():
+        write_content(folder / name, content)
     if tokenizer is None:
         remove([folder / TOKENIZER])  # of another model saved here before
-    else:
-        write_tokenizer(folder, tokenizer)
+    remove_checkpoints(folder)
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+def contents_of_model(
+    config: GPTConfig, tokenizer: Tokenizer | None, tensors: Content, about: dict[str, Any]
+) -> dict[str, Content]:
+    """What a model's files hold, by name."""
+    from tapeless import __version__
+
+    contents = {
+        CONFIG: content_of_text(as_json({"tapeless": __version__, "model": config.to_dict(), **about}))
+    }
+    if tokenizer is not None:
+        contents[TOKENIZER] = content_of_tokenizer(tokenizer)
+    return contents | {MODEL: tensors}
+
+
+def content_of_tokenizer(tokenizer: Tokenizer) -> Content:
     # On one line: a BPE has a hundred thousand.
-    write_text(folder / TOKENIZER, json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
+    return content_of_text(json.dumps(tokenizer.to_dict(), ensure_ascii=False) + "\n")
 
 
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -156,15 +210,70 @@ def json_lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def begin_log(path: Path) -> None:
+    """Let there be a log to append to."""
+    with writing(path):
+        path.touch()
+
+
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json_lines(rows))
+    """Append to a log and flush it to disk. One that is gone is not begun again: it would lack rows."""
+    with writing(path), open(path, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(json_lines(rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove(paths: Iterable[Path]) -> None:
     for path in paths:
         with writing(path):
             path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class Saved(NamedTuple):
+    """A checkpoint's number, steps, and folder."""
+
+    number: int
+    step: int
+    place: Path
+
+
+def saved(folder: Path) -> list[Saved]:
+    """The checkpoints of a run, whole or not, the newest first."""
+    found = []
+    with suppress(OSError):  # there are none
+        for path in (folder / CHECKPOINTS).iterdir():
+            if name := re.fullmatch(r"(\d+)-step-(\d+)", path.name):
+                found.append(Saved(int(name[1]), int(name[2]), path))
+    return sorted(found, reverse=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left beside checkpoints."""
+    store = folder / CHECKPOINTS
+    for left in (store / PART, *store.glob(".*-step-*.gone")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_checkpoint(place: Path) -> None:
+    """At once, as far as others can see."""
+    with writing(place):
+        gone = place.with_name(f".{place.name}.gone")
+        os.replace(place, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """The newest last: it counts as long as it is there."""
+    sweep(folder)
+    for checkpoint in reversed(saved(folder)):
+        remove_checkpoint(checkpoint.place)
+    with suppress(OSError):  # there is none, or it holds something else
+        (folder / CHECKPOINTS).rmdir()
 
 
 # ---------------------------------------------------------------- reading
@@ -206,9 +315,6 @@ def open_tensors(path: Path, expected: Mapping[str, tuple[tuple[int, ...], Any]]
 
 def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
     """The model's config, and all of config.json."""
-    if not folder.is_dir():
-        raise RunError(f"no run folder {str(folder)!r}.")
-    settle(folder)
     path = folder / CONFIG
     content = read_json(path)
     try:
@@ -238,16 +344,16 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     return tokenizer
 
 
-def open_model(folder: Path) -> Checkpoint:
-    """The model of a run folder, and its tokenizer. Raises `RunError` if a file is missing, damaged, or
-    does not match the others."""
-    config, _ = read_config(folder)
+def open_model(folder: Path, place: Path) -> Checkpoint:
+    """The model of a run folder, and its tokenizer, whose files lie in `place`. Raises `RunError` if one
+    is missing, damaged, or does not match the others."""
+    config, _ = read_config(place)
     expected = {name: (shape, FLOAT) for name, shape in _shapes(config).items()}
-    tensors = open_tensors(folder / MODEL, expected)
+    tensors = open_tensors(place / MODEL, expected)
     number = tensors["wte"].dtype
     parts = {name: [tensors[name]] for name in expected}
     return Checkpoint(
-        folder, f"a run of tapeless, {number}", config, parts, folder, read_tokenizer(folder, config.vocab)
+        folder, f"a run of tapeless, {number}", config, parts, folder, read_tokenizer(place, config.vocab)
     )
 
 
@@ -260,10 +366,11 @@ def read_into(views: Mapping[str, np.ndarray], path: Path) -> None:
         view[...] = tensors[name].map()
 
 
-def cut_log(path: Path, steps: int) -> None:
+def cut_log(path: Path, steps: int, size: int = sys.maxsize) -> None:
     """Take from a file of rows what lies beyond `steps`: logged by a process killed before it saved.
 
-    Raises `RunError` if a whole line is not an object with a step; then nothing is changed.
+    Raises `RunError` if a whole line is not an object with a step; then nothing is changed. But beyond
+    `size`, what the file had when it was saved, anything may lie if the machine broke down.
     """
     try:
         content = path.read_bytes()
@@ -274,120 +381,15 @@ def cut_log(path: Path, steps: int) -> None:
     lines = content.splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-    kept = []
+    kept, end = [], 0
     for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= steps:
                 kept.append(line)
+            end += len(line)
         except (ValueError, KeyError, TypeError):
+            if end >= size:
+                break
             raise RunError(f"{path} is damaged in line {number}: mend or remove it to go on.") from None
     if (text := b"".join(kept)) != content:
         write_file(path, lambda aside: aside.write_bytes(text))
-
-
-# ---------------------------------------------------------------- folders
-
-
-def refuse(folder: Path, overwrite: bool) -> None:
-    """Raise `RunError` if a new run must not be written into `folder`."""
-    there = _existing(folder)
-    if not there.is_dir():
-        raise RunError(f"{there} is a file; expected a folder for the run.")
-    settle(folder)
-    if not _holds_a_run(folder):
-        return
-    if not overwrite:
-        raise RunError(f"{folder} already holds a run: go on with --resume, or replace it with --overwrite.")
-    try:
-        ours = "tapeless" in read_json(folder / CONFIG)
-    except (RunError, TypeError):
-        ours = True  # missing or damaged: what else the folder holds is a run's
-    if not ours:
-        raise RunError(f"{folder} has a {CONFIG} that is no run's: choose another folder, or remove it.")
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or what there is of it."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _holds_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in EVERYTHING)
-
-
-def claim(folder: Path, overwrite: bool) -> Path:
-    """Make `folder` this process's own to write a new run into. Returns where to write it: that folder,
-    or if it holds a run one aside, until `replace` is called: so long the old run stays.
-
-    Raises `RunError` where `refuse` does, also if another process claimed it meanwhile.
-    """
-    refuse(folder, overwrite)
-    place = folder
-    if overwrite and _holds_a_run(folder):
-        place = folder / f"{NEW}.part"
-        abandon(place)  # by a killed process
-    with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-    with writing(place / METRICS):
-        try:
-            open(place / METRICS, "x").close()
-        except FileExistsError:
-            raise RunError(f"another process has just begun a run in {folder}.") from None
-    return place
-
-
-def abandon(aside: Path) -> None:
-    """Remove a run that was begun aside."""
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def replace(folder: Path, aside: Path) -> None:
-    """Let the run that lies complete `aside` take the place of the one in `folder`."""
-    with writing(folder / NEW):
-        os.replace(aside, folder / NEW)  # from here on the new run is the one there is
-    settle(folder)
-
-
-def settle(folder: Path) -> None:
-    """Move a new run to its place. If the process that began to is killed, the next one that asks for
-    the run goes on where it stopped."""
-    new = folder / NEW
-    if not new.is_dir():
-        return
-    if (new / CONFIG).exists():  # it moves first: as long as it is here, what lies there is old
-        remove(folder / name for name in EVERYTHING if name != CONFIG)
-        with suppress(OSError):  # it is not there, or holds something else
-            (folder / BEST).rmdir()
-    for name in EVERYTHING:
-        if (new / name).exists():
-            with writing(folder / name):
-                (folder / name).parent.mkdir(exist_ok=True)
-                os.replace(new / name, folder / name)
-    abandon(new)
-
-
-def check_room(folder: Path, nbytes: int) -> None:
-    """Raise `RunError` if the disk has no room for so much more."""
-    with writing(folder):
-        free = shutil.disk_usage(_existing(folder)).free
-    if free < nbytes:
-        needed, left = nbytes / 1e9, free / 1e9
-        raise RunError(
-            f"cannot write {folder}: the run takes {needed:,.1f} GB, the disk has {left:,.1f} left."
-        )
-
-
-def numbered_runs(preset: str, base: Path = Path("runs")) -> dict[int, Path]:
-    """The folders `base/<preset>-<n>`, by n."""
-    pattern = re.compile(re.escape(preset) + r"-(\d+)")
-    found = {}
-    if base.is_dir():
-        for path in base.iterdir():
-            if match := pattern.fullmatch(path.name):
-                found[int(match[1])] = path
-    return found
-
-
-def next_run(preset: str, base: Path = Path("runs")) -> Path:
-    """The folder for a new run: `base/<preset>-<n>`, the next free number."""
-    return base / f"{preset}-{max(numbered_runs(preset, base), default=0) + 1}"

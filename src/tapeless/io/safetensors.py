@@ -9,13 +9,13 @@ import json
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from tapeless.errors import RunError
-from tapeless.io.tensors import Stored, file_size, write_array
+from tapeless.io.tensors import OpenFile, Stored, file_size, write_array
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -39,13 +39,14 @@ def open_file(path: Path) -> dict[str, Stored]:
     """The tensors of a file, by name, to be read. Raises `RunError` if it is not whole."""
     try:
         size = file_size(path)
-        with open(path, "rb") as file:
+        opened = OpenFile(path)
+        with opened.again() as file:
             length = int.from_bytes(file.read(8), "little")
             if length > size - 8:
                 raise ValueError
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        tensors = {name: _entry(path, 8 + length, about) for name, about in header.items()}
+        tensors = {name: _entry(path, opened, 8 + length, about) for name, about in header.items()}
         end = 8 + length
         for stored in sorted(tensors.values(), key=lambda stored: (stored.offset, stored.nbytes)):
             if stored.offset != end:
@@ -60,21 +61,21 @@ def open_file(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _entry(path: Path, begin: int, about: dict[str, Any]) -> Stored:
+def _entry(path: Path, file: OpenFile, begin: int, about: dict[str, Any]) -> Stored:
     if about["dtype"] not in DTYPES:
         raise RunError(f"{path} holds {about['dtype']} numbers; expected one of {', '.join(DTYPES)}.")
     first, end = about["data_offsets"]
     shape = tuple(about["shape"])
     if not all(type(n) is int and n >= 0 for n in (first, end, *shape)):
         raise ValueError
-    stored = Stored(path, begin + first, DTYPES[about["dtype"]], shape)
+    stored = Stored(path, begin + first, DTYPES[about["dtype"]], shape, file=file)
     if end - first != stored.nbytes:
         raise ValueError
     return stored
 
 
 def write(
-    path: Path,
+    file: BinaryIO,
     entries: Iterable[tuple[str, np.dtype, tuple[int, ...]]],
     blocks: Iterable[np.ndarray],
     metadata: dict[str, str],
@@ -87,7 +88,6 @@ def write(
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for block in blocks:
-            write_array(file, block)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for block in blocks:
+        write_array(file, block)

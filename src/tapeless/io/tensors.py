@@ -3,9 +3,12 @@ memory, since its tensors are read a few megabytes at a time."""
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -28,6 +31,20 @@ def file_size(path: Path) -> int:
     return about.st_size
 
 
+class OpenFile:
+    """A file that stays what it was when it was opened, whatever comes to lie at its path."""
+
+    def __init__(self, path: Path):
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def again(self) -> FileIO:
+        return open(os.dup(self._handle), "rb", buffering=0)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it could not be opened
+            os.close(self._handle)
+
+
 class Part(Protocol):
     """A tensor, or some rows of one: consecutive blocks of its rows (places along its first axis)."""
 
@@ -37,13 +54,14 @@ class Part(Protocol):
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a file, row by row from byte `offset`. `turned`: `blocks` exchanges its last two axes,
-    so that `[out, in]` becomes our `[in, out]`."""
+    so that `[out, in]` becomes our `[in, out]`. `file`: read by `blocks` in place of what lies at `path`."""
 
     path: Path
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
     turned: bool = False
+    file: OpenFile | None = None
 
     @property
     def nbytes(self) -> int:
@@ -61,10 +79,10 @@ class Stored:
         step = max(1, BLOCK // row)
         # Read, not mapped: pages of a mapping that are no longer in the file would end the process.
         try:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
+            with self.file.again() if self.file else open(self.path, "rb", buffering=0) as file:
                 for first in range(0, self.shape[0], step):
                     block = np.empty((min(step, self.shape[0] - first), *self.shape[1:]), self.dtype)
+                    file.seek(self.offset + first * row)  # every time: others may read the same file
                     if file.readinto(block.reshape(-1).view(np.uint8).data) < block.nbytes:
                         raise OSError(None, "it is shorter")
                     yield block.swapaxes(1, 2) if self.turned else block
