@@ -107,7 +107,7 @@ def test_other_compilers_flags_and_sanitizers_find_nothing(tmp_path):
 def test_the_exported_makefile_builds_and_runs(tmp_path):
     needs("make", "cc")
     folder = export("microgpt", "--steps", 200, out=tmp_path / "program")
-    output = run("make", "run", cwd=folder)
+    output = run("make", "--no-print-directory", "run", cwd=folder)
     losses = re.findall(r"^step (\d+)/200: loss = (\d\.\d{6})$", output, re.MULTILINE)
     assert [int(step) for step, _ in losses] == [1, 100, 200]
     assert "warning" not in output

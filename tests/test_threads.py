@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import threading
 import time
 from functools import partial
@@ -320,8 +321,10 @@ def test_runs_from_before_there_were_threads_can_be_resumed(tmp_path):
     config = tmp_path / "config.json"
     saved = json.loads(config.read_text())
     del saved["threads"]
+    shutil.rmtree(tmp_path / "checkpoints")  # these, too, are younger
     config.write_text(json.dumps(saved))
     assert tl.train(out=tmp_path, steps=70, resume=True, samples=0, progress=False).model.engine.team(7) == 1
+    shutil.rmtree(tmp_path / "checkpoints")
     for wrong in (0, "two", 2.5):
         config.write_text(json.dumps(saved | {"threads": wrong}))
         with pytest.raises(RunError, match="does not describe a training run"):
