@@ -100,21 +100,22 @@ def budget(
     Each document counts as a full block of tokens. On a chip it is what tapeless export
     writes, static RAM to the byte. Exit code 1 if it does not fit.
     """
-    chosen = {"batch_size": batch_size, "block_size": block_size, "recompute": recompute}
-    settings = {name: value for name, value in chosen.items() if value is not None}
+    chosen = {"block_size": block_size, "recompute": recompute}
+    sizes = {name: value for name, value in chosen.items() if value is not None}
+    batch = {} if batch_size is None else {"batch_size": batch_size}
     if target != "cpu":
         if threads is not None:
             raise ConfigError("a chip has no threads: leave --threads out.")
-        _chip_budget(preset, target, mode, data, weights, parse_settings(set_) | settings)
+        _chip_budget(preset, target, mode, data, weights, parse_settings(set_) | sizes | batch)
         return
     if any(given is not None for given in (mode, data, weights)):
         raise ConfigError(
             "mode, data and weights are of programs for chips: give --target, or leave them out."
         )
-    _cpu_budget(preset, set_, settings, threads)
+    _cpu_budget(preset, _model_config(preset, set_).replace(**sizes), batch, threads)
 
 
-def _cpu_budget(preset: str, set_: list[str] | None, settings: dict[str, Any], threads: int | None) -> None:
+def _cpu_budget(preset: str, config: Any, batch: dict[str, int], threads: int | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -122,10 +123,7 @@ def _cpu_budget(preset: str, set_: list[str] | None, settings: dict[str, Any], t
     from tapeless.memory import free_memory, training_memory
     from tapeless.presets import get_preset
 
-    config = _model_config(preset, set_)
-    config = config.replace(**{name: value for name, value in settings.items() if name != "batch_size"})
-    settings = {name: value for name, value in settings.items() if name == "batch_size"}
-    documents = get_preset(preset).with_settings(settings).training.batch_size
+    documents = get_preset(preset).with_settings(batch).training.batch_size
     tokens = documents * config.block_size
     plans, team = training_memory(config, "cpu", "float32", documents, threads, config.block_size)
     table = Table("buffer", box=None)
@@ -181,8 +179,7 @@ def _chip_budget(
     ram, flash = chips.totals(rows)
     table.add_row("total", f"{ram:,}", f"{flash:,}", "")
     table.add_row(f"there is on {target}", f"{chip.ram:,}", f"{chip.flash:,}", chip.what)
-    does = "trains and generates" if firmware.trains and firmware.generates else "generates"
-    does = does if firmware.generates else "trains"
+    does = " and ".join(["trains"] * firmware.trains + ["generates"] * firmware.generates)
     fits = ram <= chip.ram and flash <= chip.flash
     console = Console(highlight=False)
     console.print(f"{firmware.title}: {firmware.size:,} parameters, {does}; bytes:")

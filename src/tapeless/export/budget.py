@@ -18,7 +18,6 @@ from tapeless.export.program import (
     token_width,
     weight_bytes,
 )
-from tapeless.layout import n_params
 
 KB = 1024
 # Measured with gcc 12 at -O2 for RISC-V and Cortex-M (docs/microcontrollers.md), rounded up: code that
@@ -39,30 +38,26 @@ class Chip:
     ram: int
     flash: int
     hard_float: bool  # in single precision
-    mhz: int
     fqbn: str  # how the Arduino command line calls a board with it
     idf: str = ""  # and ESP-IDF the chip
 
 
 # Where these figures come from stands in docs/microcontrollers.md.
 CHIPS = {
-    "esp32": Chip("ESP32: Xtensa LX6", 144 * KB, 3584 * KB, True, 240, "esp32:esp32:esp32", "esp32"),
-    "esp32-s3": Chip(
-        "ESP32-S3: Xtensa LX7", 240 * KB, 3584 * KB, True, 240, "esp32:esp32:esp32s3", "esp32s3"
-    ),
+    "esp32": Chip("ESP32: Xtensa LX6", 144 * KB, 3584 * KB, True, "esp32:esp32:esp32", "esp32"),
+    "esp32-s3": Chip("ESP32-S3: Xtensa LX7", 240 * KB, 3584 * KB, True, "esp32:esp32:esp32s3", "esp32s3"),
     "esp32-c3": Chip(
         "ESP32-C3: RISC-V without floating point",
         220 * KB,
         3584 * KB,
         False,
-        160,
         "esp32:esp32:esp32c3",
         "esp32c3",
     ),
     "rp2040": Chip(
-        "RP2040: Cortex-M0+ without floating point", 240 * KB, 1920 * KB, False, 133, "rp2040:rp2040:rpipico"
+        "RP2040: Cortex-M0+ without floating point", 240 * KB, 1920 * KB, False, "rp2040:rp2040:rpipico"
     ),
-    "stm32f4": Chip("STM32F407: Cortex-M4F", 120 * KB, 960 * KB, True, 168, "STMicroelectronics:stm32:Disco"),
+    "stm32f4": Chip("STM32F407: Cortex-M4F", 120 * KB, 960 * KB, True, "STMicroelectronics:stm32:Disco"),
 }
 
 
@@ -82,7 +77,7 @@ def get_chip(name: str) -> Chip:
 
 def budget(firmware: Firmware, quantised: Quantised | None, chip: Chip) -> list[Row]:
     """What the program takes, by what it is for."""
-    layout, P = memory(firmware), 4 * n_params(firmware.config)
+    layout, P = memory(firmware), 4 * firmware.size
     rows = []
     if firmware.trains:
         moments = layout.kept * 4 // P - 2

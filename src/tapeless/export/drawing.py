@@ -6,9 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from tapeless.errors import ConfigError
+from tapeless.export.files import environment
 from tapeless.export.lifetimes import Arena, plans
 from tapeless.export.trace import Trace
 from tapeless.io import runs
@@ -28,17 +27,17 @@ def draw_memory(title: str, trace: Trace, path: Path) -> None:
 
     Raises `RunError` if it cannot be written.
     """
-    env = Environment(
-        loader=PackageLoader("tapeless.export", ""), undefined=StrictUndefined, autoescape=True,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     parts, top = [], 60
     names = "A training step of one document", "Generating one token"
     for name, arena in zip(names, plans(trace), strict=True):
         parts.append(_part(name, arena, top))
         top += ROW * len(arena.calls) + 70
-    text = env.get_template("memory.svg.jinja").render(
-        title=title, parts=parts, width=LEFT + WIDTH + 20, height=top, left=LEFT, row=ROW, colours=COLOURS
+    text = (
+        environment(autoescape=True)
+        .get_template("memory.svg.jinja")
+        .render(
+            title=title, parts=parts, width=LEFT + WIDTH + 20, height=top, left=LEFT, row=ROW, colours=COLOURS
+        )
     )
     runs.write_text(path, text)
 

@@ -11,9 +11,8 @@ from tapeless.errors import ConfigError, did_you_mean
 from tapeless.evaluate import evaluate
 from tapeless.export import budget, files, wasm
 from tapeless.export.firmware import Firmware, data_of, prepare
-from tapeless.export.int8 import WEIGHTS, quantise, quantised
+from tapeless.export.int8 import Quantised, quantised
 from tapeless.export.program import context
-from tapeless.layout import n_params
 from tapeless.model import load
 
 TARGETS = {"esp-idf": "esp32", "arduino": "esp32"}  # where nothing else is said
@@ -45,8 +44,6 @@ def export(
     """
     if to not in files.KINDS:
         raise ConfigError(f"to cannot be {to!r}.{did_you_mean(to, files.KINDS)}")
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights cannot be {weights!r}.{did_you_mean(weights, WEIGHTS)}")
     target = TARGETS.get(to) if target is None else target
     chip = budget.get_chip(target or "esp32")
     if to == "esp-idf" and not chip.idf:
@@ -70,7 +67,7 @@ def export(
         files.KINDS[to], about | {"sketch": _sketch(out), "target": target, "chip": chip, "rows": rows}
     )
     if small is not None:
-        _tell_cost(firmware, small.nbytes, source, data, say)
+        _tell_cost(firmware, small, source, data, say)
     files.write(out, files.KINDS[to], texts)
     say(_told(firmware, rows, target))
     say(f"Saved in {out}: {files.KINDS[to].name}. Its README.md says how to go on.")
@@ -89,13 +86,13 @@ def _told(firmware: Firmware, rows: list[budget.Row], target: str | None) -> str
     ram, flash = budget.totals(rows)
     fits = f", fits {target}" if target else ""
     return (
-        f"{firmware.title}: {n_params(firmware.config):,} parameters, {' and '.join(does)}: "
+        f"{firmware.title}: {firmware.size:,} parameters, {' and '.join(does)}: "
         f"{ram:,} bytes of RAM, {flash:,} of flash{fits}"
     )
 
 
 def _tell_cost(
-    firmware: Firmware, nbytes: int, source: str, data: str | Path | None, say: Callable[[str], object]
+    firmware: Firmware, small: Quantised, source: str, data: str | Path | None, say: Callable[[str], object]
 ) -> None:
     """Measure what int8 weights cost on `data`, or on what the model was trained on."""
     assert firmware.weights is not None
@@ -103,10 +100,10 @@ def _tell_cost(
     say(f"Measuring what int8 weights cost, on {data}.")
     model = load(source, "reference", dtype="float32")
     losses = []
-    for weights in (firmware.weights, quantise(firmware.config, firmware.weights)[1]):
+    for weights in (firmware.weights, small.rounded):
         model.engine.params[:] = weights
         losses.append(evaluate(model, data).loss)
     say(
-        f"int8 weights: {nbytes:,} bytes in place of {firmware.weights.nbytes:,}; "
+        f"int8 weights: {small.nbytes:,} bytes in place of {firmware.weights.nbytes:,}; "
         f"loss on {data} {losses[1]:.4f} in place of {losses[0]:.4f}"
     )

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tapeless.errors import RunError
-from tapeless.export.program import comment
 from tapeless.export.weights import number
 from tapeless.io import runs
 
@@ -40,16 +39,23 @@ KINDS = {
 }
 
 
-def files(kind: Kind, about: dict[str, Any]) -> dict[str, str]:
-    """The text of every file of a project, by its path."""
+def environment(**options: Any) -> Environment:
+    """The templates beside this file; `c` writes a number as C does."""
     env = Environment(
         loader=PackageLoader("tapeless.export", ""),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        **options,
     )
-    env.filters |= {"c": number, "comment": comment}
+    env.filters["c"] = number
+    return env
+
+
+def files(kind: Kind, about: dict[str, Any]) -> dict[str, str]:
+    """The text of every file of a project, by its path."""
+    env = environment()
     parts = [("c", kind.sources), (kind.own, ".")]
     parts += [("host", kind.host)] if kind.host else []
     written = {}

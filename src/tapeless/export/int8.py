@@ -15,6 +15,7 @@ from tapeless.errors import ConfigError, did_you_mean
 from tapeless.export.firmware import Firmware
 from tapeless.layout import DECAYED, parameter_plan
 
+WEIGHTS = ("float32", "int8")
 MOST = 127
 WHOLE = ("wte", "wpe", "norme_w", "norme_b", "normf_w", "normf_b", "head", "contract")  # have no layers
 
@@ -28,13 +29,11 @@ class Quantised:
     kept: np.ndarray  # float32
     places: dict[str, tuple[int, int, str]]  # of "p.wqkv[0]": first value, first scale, shape
     others: dict[str, int]  # of "p.bqkv[0]": where it begins in `kept`
+    rounded: np.ndarray  # float32 [P]: the weights that are then computed with
 
     @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes + self.kept.nbytes
-
-
-WEIGHTS = ("float32", "int8")
 
 
 def quantised(firmware: Firmware, weights: str) -> Quantised | None:
@@ -48,12 +47,11 @@ def quantised(firmware: Firmware, weights: str) -> Quantised | None:
         return None
     if firmware.trains or firmware.weights is None:
         raise ConfigError("weights=int8 are for generating: a model cannot be trained in them.")
-    return quantise(firmware.config, firmware.weights)[0]
+    return quantise(firmware.config, firmware.weights)
 
 
-def quantise(config: GPTConfig, weights: np.ndarray) -> tuple[Quantised, np.ndarray]:
-    """w ≈ s·q with s = max|w|/127 of its row and q whole. Returns also the weights [P] that are then
-    computed with."""
+def quantise(config: GPTConfig, weights: np.ndarray) -> Quantised:
+    """w ≈ s·q with s = max|w|/127 of its row and q whole."""
     layout = parameter_plan(config)
     rounded = weights.astype(np.float32).copy()
     views = layout.views("p", rounded.view(np.uint8))._asdict()
@@ -81,10 +79,8 @@ def quantise(config: GPTConfig, weights: np.ndarray) -> tuple[Quantised, np.ndar
             values.append(q.ravel())
             scales.append(scale.ravel())
             numbers[...] = q * scale
-    quantised = Quantised(
-        np.concatenate(values), np.concatenate(scales), np.concatenate(kept), places, others
-    )
-    return quantised, rounded
+    arrays = [np.concatenate(part) for part in (values, scales, kept)]
+    return Quantised(arrays[0], arrays[1], arrays[2], places, others, rounded)
 
 
 def _length(arrays: list[np.ndarray]) -> int:

@@ -15,7 +15,7 @@ from tapeless.export.lifetimes import Arena, Placed, dimension, plans
 from tapeless.export.ops import OPS
 from tapeless.export.trace import Ref
 from tapeless.export.weights import begin, number
-from tapeless.layout import n_params, parameter_plan
+from tapeless.layout import parameter_plan
 
 PLACES_EVERY = 16  # documents; those between are found by walking
 TOKEN_TYPES = {"uint8_t": 1, "uint16_t": 2, "uint32_t": 4}  # and their bytes
@@ -45,7 +45,7 @@ def memory(firmware: Firmware) -> Memory:
     return Memory(
         step if firmware.trains else None,
         decode if firmware.generates else None,
-        (2 + moments) * n_params(firmware.config) if firmware.trains else 0,
+        (2 + moments) * firmware.size if firmware.trains else 0,
     )
 
 
@@ -71,7 +71,7 @@ class Writer:
         self._offsets = parameter_plan(firmware.config).offsets
         self._in_ram = firmware.trains
         self._quantised = quantised
-        self._parameters = n_params(firmware.config)
+        self._parameters = firmware.size
         self._step = any(placed.call.op == "cross_entropy" for placed in arena.calls)  # not decoding
         self.used: dict[str, tuple[str, str]] = {}  # names of parameters and gradients: place, shape
 
@@ -162,7 +162,7 @@ class Writer:
 
 
 def _optimiser(firmware: Firmware) -> Iterator[str]:
-    t, P = firmware.training, n_params(firmware.config)
+    t, P = firmware.training, firmware.size
     if t.grad_clip:
         clip = number(t.grad_clip)
         yield f"const float norm = tl_global_norm(ram + {P}, {P});"
@@ -239,7 +239,7 @@ def context(firmware: Firmware, command: str, quantised: Quantised | None = None
     return {
         "title": comment(f.title),
         "command": comment(command),
-        "parameters": n_params(f.config),
+        "parameters": f.size,
         "vocab": f.config.vocab,
         "block": f.config.block_size,
         "bos": -1 if f.tokenizer.bos is None else f.tokenizer.bos,
@@ -312,9 +312,8 @@ def data_bytes(firmware: Firmware) -> int:
     """Of the documents in flash."""
     if firmware.documents is None:
         return 0
-    return token_width(firmware) * len(firmware.documents.stream) + 4 * -(
-        -len(firmware.documents.starts) // PLACES_EVERY
-    )
+    places = firmware.documents.starts[::PLACES_EVERY]
+    return token_width(firmware) * len(firmware.documents.stream) + 4 * len(places)
 
 
 def weight_bytes(firmware: Firmware, quantised: Quantised | None) -> int:

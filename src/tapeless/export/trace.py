@@ -84,11 +84,6 @@ class Call(NamedTuple):
     def updates(self) -> list[Ref]:
         return self.refs(OPS[self.op].updates)
 
-    @property
-    def reads(self) -> list[Ref]:
-        changed = f"{OPS[self.op].writes} {OPS[self.op].updates}".split()
-        return self.refs(" ".join(name for name in self.args if name not in changed))
-
     def __str__(self) -> str:
         return f"{self.op}({', '.join(f'{name}={arg}' for name, arg in self.args.items())})"
 
