@@ -85,7 +85,7 @@ class Ours:
         starts = (self.step * BATCH + np.arange(BATCH)) * BLOCK
         self.step += 1
         spans = np.stack([starts, np.full(BATCH, BLOCK)], axis=1)[None]
-        return float(self.engine.train(self.stream, spans, np.array([1e-4]))[0])
+        return float(self.engine.train(self.stream, spans, np.array([1e-4])).losses[0])
 
 
 class Theirs:

@@ -172,7 +172,7 @@ def trained(engine, pieces=(), config=PRESETS["microgpt"]):
     e.optimiser.constants[:3] = 0.85, 0.99, 1e-8
     stream, spans, lrs = training_data(config)
     cuts = [0, *pieces, len(lrs)]
-    losses = [e.train(stream, spans[a:b], lrs[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
+    losses = [e.train(stream, spans[a:b], lrs[a:b]).losses for a, b in itertools.pairwise(cuts) if a < b]
     return np.concatenate(losses), e.params
 
 

@@ -70,7 +70,7 @@ def empty_like(array):
     return empty(array)
 
 layout.aligned_zeros = engine.aligned_zeros = aligned_zeros
-memory.SNAPSHOTS = job.SNAPSHOTS = {snapshots}
+memory.SNAPSHOTS = guard.SNAPSHOTS = {snapshots}
 job.np = type("np", (), {{**vars(np), "empty_like": staticmethod(empty_like)}})
 run = tl.train({data!r}, {preset!r}, steps=6, batch_size=4, threads={threads}, engine={engine!r},
                set={settings!r}, progress=False, samples=2)

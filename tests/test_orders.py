@@ -149,7 +149,7 @@ def test_training_takes_what_shards_give(tmp_path):
         model = tl.GPT(config, engine="reference")
         model.engine.optimiser.constants[:] = 0.9, 0.99, 1e-8, 0, 0, 0
         stream, spans = data.take(make_order("llmc", data, PythonRandom(0), 2, 4).take(0, 6))
-        losses.append(model.engine.train(stream, spans, np.full(6, 0.01)).tolist())
+        losses.append(model.engine.train(stream, spans, np.full(6, 0.01)).losses.tolist())
     assert losses[0] == losses[1]
     assert np.isfinite(losses).all()
 

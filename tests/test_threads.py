@@ -146,7 +146,7 @@ def test_training_agrees_with_one_thread_and_the_reference(optimiser, clip, thre
     constants |= {"momentum": 0.9} if optimiser == "sgd" else {}
     engines = [engine_of(k, **constants) for k in (threads, 1, 0)]
     data = training_data(ODD, 50, documents=7)
-    several, one, exact = (engine.train(*data, optimiser) for engine in engines)
+    several, one, exact = (engine.train(*data, optimiser).losses for engine in engines)
     assert abs(several[0] / one[0] - 1) <= 1e-6
     np.testing.assert_allclose(several, one, rtol=0, atol=1e-4)
     np.testing.assert_allclose(several, exact, rtol=0, atol=1e-4)
@@ -204,7 +204,7 @@ def test_batches_of_changing_size():
     engine, exact = engine_of(4), engine_of(0)
     for documents in (1, 6, 2, 1, 3):
         data = training_data(ODD, 5, documents, seed=documents)
-        np.testing.assert_allclose(engine.train(*data), exact.train(*data), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(engine.train(*data).losses, exact.train(*data).losses, rtol=0, atol=1e-4)
     assert relative(engine.params, exact.params) <= 1e-4
     assert np.allclose(engine.optimiser.powers, exact.optimiser.powers, rtol=1e-12)
 
@@ -214,8 +214,10 @@ def test_steps_of_several_batches():
     stream, spans, lrs = training_data(ODD, 12, documents=6)
     for threads in (0, 1, 3):
         whole, parted = engine_of(threads, grad_clip=0.5), engine_of(threads, grad_clip=0.5)
-        losses = whole.train(stream, spans, lrs)
-        np.testing.assert_allclose(parted.train(stream, spans.reshape(12, 3, 2, 2), lrs), losses, rtol=1e-5)
+        losses = whole.train(stream, spans, lrs).losses
+        np.testing.assert_allclose(
+            parted.train(stream, spans.reshape(12, 3, 2, 2), lrs).losses, losses, rtol=1e-5
+        )
         assert relative(parted.params, whole.params) <= 1e-4
 
 
@@ -242,7 +244,7 @@ def test_training_repeats_bit_for_bit(threads, pieces):
     for cuts in ([0, 40], [0, *pieces, 40]):
         engine = engine_of(threads, grad_clip=0.5)
         bounds = itertools.pairwise(cuts)
-        losses = [engine.train(stream, spans[a:b], lrs[a:b]) for a, b in bounds]
+        losses = [engine.train(stream, spans[a:b], lrs[a:b]).losses for a, b in bounds]
         results.append(np.concatenate(losses).tobytes() + engine.params.tobytes())
     assert results[0] == results[1]
 

@@ -164,7 +164,7 @@ def test_a_step_is_the_mean_over_all_its_tokens():
     model = random_model(GPT2)
     before = model.engine.params.copy()
     model.engine.optimiser.constants[:] = 0.0
-    [loss] = model.engine.train(stream, spans, np.array([0.1]), "sgd")
+    [loss] = model.engine.train(stream, spans, np.array([0.1]), "sgd").losses
     moved = before - model.engine.params
     model.engine.params[:] = before
     assert loss == pytest.approx(model.loss_and_grad(stream[places], stream[places + 1], starts), rel=1e-12)
@@ -174,7 +174,7 @@ def test_a_step_is_the_mean_over_all_its_tokens():
     for engine in ("reference", "cpu"):
         model = random_model(GPT2, engine)
         model.engine.optimiser.constants[:] = 0.9, 0.99, 1e-3, 0.0, 0.0, 0.5
-        losses = model.engine.train(stream, np.concatenate([spans] * 3), np.full(3, 0.01))
+        losses = model.engine.train(stream, np.concatenate([spans] * 3), np.full(3, 0.01)).losses
         results.append((losses, model.engine.params))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
     np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-5)
@@ -406,14 +406,14 @@ def test_overwriting_takes_the_best_away(tmp_path):
 
 # ---------------------------------------------------------------- large models
 
-JOB = importlib.import_module("tapeless.job")
+GUARD = importlib.import_module("tapeless.guard")
 
 
 def test_a_large_model_is_not_copied(here, tmp_path, monkeypatch):
     """No snapshots, and the first state is not written; all else is the same."""
     options = {"batch_size": 2, "steps": 40, "engine": "reference", "samples": 0, "set": {"lr": 0.05}}
     small = tl.train(here / "data", pretrained=here / "model", out=tmp_path / "a", progress=False, **options)
-    monkeypatch.setattr(JOB, "SNAPSHOTS", 0)
+    monkeypatch.setattr(GUARD, "SNAPSHOTS", 0)
     with pytest.raises(tl.Interrupted):
         tl.train(here / "data", pretrained=here / "model", out=tmp_path / "b", progress=StopAt(4), **options)
     large = tl.train(out=tmp_path / "b", resume=True, progress=False)
@@ -422,7 +422,7 @@ def test_a_large_model_is_not_copied(here, tmp_path, monkeypatch):
 
 
 def test_a_large_model_that_overflows_keeps_what_was_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(JOB, "SNAPSHOTS", 0)
+    monkeypatch.setattr(GUARD, "SNAPSHOTS", 0)
     options = {"engine": "reference", "dtype": "float32", "samples": 0, "progress": False}
     with pytest.raises(NumericsError, match=r"at step \d\. Try a smaller lr"):
         tl.train(preset="esp32gpt", out=tmp_path / "none", steps=900, lr=9e5, **options)
@@ -439,7 +439,7 @@ def test_a_large_model_that_overflows_keeps_what_was_saved(tmp_path, monkeypatch
 def test_a_disk_without_room_is_found_first(here, tmp_path, monkeypatch):
     tl.train(here / "data", pretrained=here / "model", out=tmp_path, steps=2, samples=0, progress=False)
     before = contents(tmp_path)
-    monkeypatch.setattr(JOB, "SNAPSHOTS", 0)
+    monkeypatch.setattr(GUARD, "SNAPSHOTS", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     for more in ({"overwrite": True}, {"resume": True, "steps": 5}):
         given = {} if "resume" in more else {"data": here / "data", "pretrained": here / "model"}
@@ -455,7 +455,7 @@ def test_an_old_run_stays_until_there_is_a_new_one(size, here, tmp_path, monkeyp
     tl.train(preset="esp32gpt", steps=3, progress=False, set=held, **options)
     before = contents(tmp_path / "run")
     if size == "large":
-        monkeypatch.setattr(JOB, "SNAPSHOTS", 0)
+        monkeypatch.setattr(GUARD, "SNAPSHOTS", 0)
     write_shard(tmp_path / "bad.bin", [5] * 30 + [27] * 400)
     bad = {"data": tmp_path / "bad.bin", "pretrained": here / "model", "overwrite": True}
     with pytest.raises(

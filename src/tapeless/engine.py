@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,6 +57,15 @@ def effective(config: GPTConfig, engine: str) -> GPTConfig:
 
 # Parameters times tokens that one call of a generating program reads: a fraction of a second.
 GENERATING = 2_000_000_000
+
+
+class Steps(NamedTuple):
+    """What training steps gave: losses [K] and norms of the gradients [K], zero where nothing asked for
+    them, of the steps that were done; `wrong`: what is with the last of them, as in `tapeless.programs`."""
+
+    losses: np.ndarray
+    norms: np.ndarray
+    wrong: int
 
 
 class Engine:
@@ -127,16 +136,23 @@ class Engine:
         """Adam's moments and running products, beside the parameters they belong to."""
         m, v = (aligned_zeros(self.params.nbytes).view(self.dtype) for _ in range(2))
         segments = decay_segments(self.config)
-        return view_class("opt", OPTIMISER)(self.params, m, v, np.ones(2), segments, np.zeros(6))
+        rest = np.ones(2), np.zeros(4), segments, np.zeros(6), np.zeros(2)
+        return view_class("opt", OPTIMISER)(self.params, m, v, *rest)
+
+    @property
+    def state(self) -> dict[str, np.ndarray]:
+        """All that training steps change."""
+        return {name: getattr(self.optimiser, name) for name in ("params", "m", "v", "powers", "means")}
 
     def _optimisers(self, threads: int) -> list[Any]:
-        """The group `opt` of each thread: its part of the parameters, and running products of its own."""
+        """The group `opt` of each thread: its part of the parameters, products and means of its own."""
         opt, optimisers = self.optimiser, []
         for k, (first, end) in enumerate(parts(self.params.size, threads)):
             params, m, v = (flat[first:end] for flat in (opt.params, opt.m, opt.v))
-            powers = opt.powers.copy() if k else opt.powers
+            powers, means = (own.copy() if k else own for own in (opt.powers, opt.means))
             segments = cut_segments(opt.segments, first, end)
-            optimisers.append(view_class("opt", OPTIMISER)(params, m, v, powers, segments, opt.constants))
+            group = params, m, v, powers, means, segments, opt.constants, opt.limits
+            optimisers.append(view_class("opt", OPTIMISER)(*group))
         return optimisers
 
     @cached_property
@@ -168,9 +184,8 @@ class Engine:
             make, arguments = PROGRAMS[name]
             T = self.config.block_size
             if self.name == "reference":
-                from tapeless.ops import reference
-
-                run = make(make_schedule(self.config, reference), reference, T)
+                ops = self.make_ops(decoding=False)
+                run = make(make_schedule(self.config, ops), ops, T)
                 self._programs[name] = lambda *groups: run(groups)
             else:
                 from tapeless.ops.cpu import native
@@ -194,9 +209,11 @@ class Engine:
         return cpu.jit(make(schedule, ops, self.config.block_size))
 
     def make_ops(self, decoding: bool) -> Any:
-        """The CPU's ops that programs are compiled with."""
-        from tapeless.ops import cpu
+        """The ops that programs are made with."""
+        from tapeless.ops import cpu, reference
 
+        if self.name == "reference":
+            return reference
         return cpu.make_ops(self._runs, decoding)
 
     def _tensors(self, argument: str) -> tuple[Tensor, ...]:
@@ -261,16 +278,17 @@ class Engine:
 
     def train(
         self, stream: np.ndarray, spans: np.ndarray, lrs: np.ndarray, optimiser: str = "adamw"
-    ) -> np.ndarray:
+    ) -> Steps:
         """One optimiser step ("adamw" or "sgd") for each of `spans` [K, B, 2] or [K, A, B, 2], whose
-        gradients are those of A batches, at the learning rates `lrs` [K]; returns the K losses. The other
-        constants are in `self.optimiser.constants`."""
+        gradients are those of A batches, at the learning rates `lrs` [K]. The other constants are in
+        `self.optimiser.constants`. A step that is bad is the last one, and changes nothing."""
         spans = np.ascontiguousarray(spans.reshape(len(spans), -1, *spans.shape[-2:]))
         documents = spans.shape[2]
         threads = self.team(documents)
         self.reserve(int(spans[..., 1].sum(-1).max()), documents, threads)
-        losses = np.zeros((self._capacity[2], len(spans)))
-        data = view_class("data", DATA)(stream, spans, np.asarray(lrs), losses)
+        losses, norms = np.zeros((self._capacity[2], len(spans))), np.zeros(len(spans))
+        ended = np.zeros(2, np.int64)
+        data = view_class("data", DATA)(stream, spans, np.asarray(lrs), losses, norms, ended)
         self._run(
             optimiser,
             [
@@ -278,7 +296,8 @@ class Engine:
                 for batch, flat, opt in zip(*self._team(threads), self._optimisers(threads), strict=True)
             ],
         )
-        return losses.sum(0)
+        done, wrong = ended.tolist()
+        return Steps(losses.sum(0)[:done], norms[:done], wrong)
 
     def _run(self, name: str, calls: Sequence[tuple[Any, ...]]) -> None:
         """Run a program on one thread for each of `calls`."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -17,19 +16,18 @@ import numpy as np
 from tapeless.data.documents import Corpus
 from tapeless.data.orders import Order
 from tapeless.data.sources import Data
-from tapeless.engine import uses
-from tapeless.errors import DataError, NumericsError, RunError
+from tapeless.engine import Steps, uses
+from tapeless.errors import DataError, RunError
 from tapeless.evaluate import score
 from tapeless.generate import generate
+from tapeless.guard import Guard
 from tapeless.io import folders, runs, saves
 from tapeless.io.lock import Lock
-from tapeless.memory import SNAPSHOTS
 from tapeless.model import GPT
 from tapeless.optim import learning_rates
 from tapeless.rng import Random
 from tapeless.settings import Training
 
-PIECE = 2**20  # numbers looked at in one go
 SHOWN = 3  # texts generated while training, at most
 
 
@@ -65,8 +63,7 @@ class Job:
         constants = t.beta1, t.beta2, t.eps, t.weight_decay, t.momentum, t.grad_clip
         self.model.engine.optimiser.constants[:] = constants
         self.folder = self.lock.folder
-        self.small = self.model.engine.params.nbytes <= SNAPSHOTS
-        self._good: deque[tuple[Any, ...]] = deque()
+        self.guard = Guard(self)
 
     # ------------------------------------------------------------ steps
 
@@ -82,30 +79,46 @@ class Job:
         left += [every - self.step % every for every in (t.eval_every, t.sample_every) if every]
         return min(left)
 
-    def advance(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Do k steps; their losses, and the lengths of what they were done on."""
-        stream, spans = self._read(k)
-        rates = learning_rates(self.training, self.step, k)
-        losses = self.model.engine.train(stream, spans, rates, self.program)
-        self.step += k
-        return losses, spans[..., 1]
-
-    def _read(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the next k steps are done on, as `Tokens.take` gives it."""
-        A, B = self.batches, self.training.batch_size
-        before = self.rng.state()
-        spans = self.order.take(self.step * A, k * A).reshape(k, A, B, 2)
+    def advance(self, k: int) -> tuple[Steps, np.ndarray]:
+        """Do k steps, or as many as there are up to a bad one; and the lengths of what they were done on.
+        `last` is what the last of them was done on, as spans [A, B, 2] of the data."""
+        self._before = self.step, self.rng.state()
+        places = self._take(k)
         try:
-            return self.data.train.take(spans)
+            stream, spans = self.data.train.take(places)
         except DataError:
-            self.rng.restore(before)  # of steps that were not done no trace is saved
+            self.rewind(0)  # of steps that were not done no trace is saved
             raise
+        rates = learning_rates(self.training, self.step, k)
+        steps = self.model.engine.train(stream, spans, rates, self.program)
+        done = len(steps.losses)
+        if done < k:
+            self.rewind(done)
+        self.step = self._before[0] + done
+        self.last = places[done - 1]
+        return steps, spans[:done, ..., 1]
+
+    def _take(self, k: int) -> np.ndarray:
+        """What the next k steps are done on: spans [k, A, B, 2] of the data."""
+        A, B = self.batches, self.training.batch_size
+        return self.order.take(self.step * A, k * A).reshape(k, A, B, 2)
+
+    def rewind(self, done: int) -> None:
+        """Let step and random numbers be as if only so many of the steps had been taken that `advance` took
+        last."""
+        self.step, before = self._before
+        self.rng.restore(before)
+        if done:
+            self._take(done)
+        self.step += done
 
     def try_data(self) -> None:
         """Raise `DataError` if the next step cannot be done."""
         before = self.rng.state()
-        self._read(1)
-        self.rng.restore(before)
+        try:
+            self.data.train.take(self._take(1))
+        finally:
+            self.rng.restore(before)
 
     # ------------------------------------------------------------ between steps
 
@@ -157,82 +170,6 @@ class Job:
             self.texts[self.step] = texts
         return texts
 
-    # ------------------------------------------------------------ numbers that overflow
-
-    def check(self, losses: np.ndarray) -> None:
-        """If the last steps spoilt the model, go back to the last good state, save it, and raise.
-
-        A state is good if a step from it gives a finite loss and a finite state: hence two snapshots,
-        the older one known to be good. From there the steps are done again one by one, so that where
-        training ends up does not depend on how many are done at once. Of a large model no snapshots
-        are kept: the last good state is the one that was saved.
-        """
-        finite = bool(np.isfinite(losses).all())
-        if not self.small:
-            if not finite:
-                bad = int(np.argmin(np.isfinite(losses)))
-                self._give_up(f"the loss is {losses[bad]} at step {self.step - len(losses) + bad + 1:,}.")
-            self.losses.append(losses)
-            return
-        if finite and self._finite():
-            self.losses.append(losses)
-            self.keep()
-            return
-        seen = np.concatenate([*self.losses, losses])
-        first = self.step - len(seen)
-        good = self._good[0]
-        self._return_to(good)
-        while True:
-            here, loss = self._snapshot(), self.advance(1)[0][0]
-            if not (np.isfinite(loss) and self._finite()):
-                break
-            good = here
-        what = "the update overflows" if np.isfinite(loss) else f"the loss is {loss}"
-        message = f"{what} at step {self.step:,}."
-        self._return_to(good)
-        self.losses = [seen[: self.step - first]]
-        self.val_losses = {step: loss for step, loss in self.val_losses.items() if step <= self.step}
-        self.texts = {step: texts for step, texts in self.texts.items() if step <= self.step}
-        if self._place is not None:
-            self._logged = min(self._logged, self.step)
-            self.save()  # first: as long as an older state is the last one, its rows must be there
-            for log in (runs.METRICS, runs.SAMPLES_LOG):
-                runs.cut_log(self._place / log, self.step)
-        self._give_up(message)
-
-    def keep(self) -> None:
-        """Remember the present state as one to go back to, in place of the older of two."""
-        if self.small:
-            older = self._good.popleft()[2:] if len(self._good) == 2 else None
-            self._good.append(self._snapshot(older))
-
-    def _give_up(self, message: str) -> None:
-        lr = f"a smaller lr (it was {self.training.lr:g})."
-        raise NumericsError(message + (self.kept(f"resume it with {lr}") or f" Try {lr}"))
-
-    def _snapshot(self, copies: Sequence[np.ndarray] | None = None) -> tuple[Any, ...]:
-        opt = self.model.engine.optimiser
-        state = opt.params, opt.m, opt.v, opt.powers
-        copies = copies or [np.empty_like(array) for array in state]
-        for copy, array in zip(copies, state, strict=True):
-            copy[:] = array
-        return self.step, self.rng.state(), *copies
-
-    def _return_to(self, snapshot: tuple[Any, ...]) -> None:
-        opt = self.model.engine.optimiser
-        self.step, state, *arrays = snapshot
-        self.rng.restore(state)
-        for target, source in zip((opt.params, opt.m, opt.v, opt.powers), arrays, strict=True):
-            target[...] = source
-
-    def _finite(self) -> bool:
-        opt = self.model.engine.optimiser
-        return all(
-            bool(np.isfinite(array[i : i + PIECE]).all())
-            for array in (opt.params, opt.m, opt.v)
-            for i in range(0, array.size, PIECE)
-        )
-
     # ------------------------------------------------------------ files
 
     @property
@@ -246,7 +183,7 @@ class Job:
         if self.folder is None:
             return
         there = runs.saved(self.folder) if self.resumed else []
-        if not self.small:
+        if not self.guard.small:
             more = max(1, min(self.about["keep"], saves.KEEP) + 1 - len(there))
             folders.check_room(self.folder, self.nbytes * more)
         if self.resumed:
@@ -255,7 +192,7 @@ class Job:
             runs.begin_log(self.folder / runs.METRICS)
         else:
             self._place = folders.claim(self.folder, self.lock, self.overwrite)
-        if self.small:
+        if self.guard.small:
             self.save()
 
     def save(self) -> None:
@@ -263,8 +200,8 @@ class Job:
         is not finite."""
         if self._place is None:
             return
-        if not self.small and not self._finite():
-            self._give_up(f"the update overflows by step {self.step:,}.")
+        if not self.guard.small and not self.guard.finite():
+            self.guard.overflowed()
         with self.told():
             if rows := self._new_rows():
                 runs.append_rows(self._place / runs.METRICS, rows)
@@ -275,6 +212,18 @@ class Job:
             folders.replace(self.folder, self._place)
             self._place = self.folder
         self._saved = self.step
+
+    def forget(self, losses: np.ndarray) -> None:
+        """Let the present step be the last one that was done, with these losses of all there were, and save
+        that."""
+        self.losses = [losses]
+        self.val_losses = {step: loss for step, loss in self.val_losses.items() if step <= self.step}
+        self.texts = {step: texts for step, texts in self.texts.items() if step <= self.step}
+        if self._place is not None:
+            self._logged = min(self._logged, self.step)
+            self.save()  # first: as long as an older state is the last one, its rows must be there
+            for log in (runs.METRICS, runs.SAMPLES_LOG):
+                runs.cut_log(self._place / log, self.step)
 
     def close(self) -> None:
         """Save for the last time. Texts of an earlier end go first: whether there are any tells `restore`
@@ -320,12 +269,9 @@ class Job:
 
     def _state(self) -> dict[str, np.ndarray]:
         """What state.safetensors holds."""
-        opt, random = self.model.engine.optimiser, self.rng.state()
+        random = self.rng.state()
         return {
-            "params": opt.params,
-            "m": opt.m,
-            "v": opt.v,
-            "powers": opt.powers,
+            **self.model.engine.state,
             "step": np.array([self.step], np.int64),
             "best": np.array(self.best),
             "rng.words": random["words"],
@@ -339,10 +285,14 @@ class Job:
         rows: list[dict[str, Any]] = []
         for i in range(max(self._logged - first, 0), len(losses)):
             step = first + i + 1
-            if step % self.log_every == 0 or step in self.val_losses:
-                row = {"step": step, "loss": float(losses[i]), "lr": float(rates[i])}
+            skipped = self.guard.skipped.get(step)
+            if step % self.log_every == 0 or step in self.val_losses or skipped:
+                loss = float(losses[i]) if math.isfinite(losses[i]) else None  # JSON has no other numbers
+                row: dict[str, Any] = {"step": step, "loss": loss, "lr": float(rates[i])}
                 if step in self.val_losses:
                     row["val_loss"] = self.val_losses[step]
+                if skipped:
+                    row["skipped"] = skipped
                 rows.append(row)
         self._logged = self.step
         return rows
@@ -352,14 +302,14 @@ class Job:
         assert self.folder is not None
         path = place / runs.STATE
         state = self._state()
-        runs.read_into(state, path)
+        runs.read_into(state, path, optional=("means",))  # which older versions did not have
         self.step = int(state["step"][0])
         self.best = (float(state["best"][0]), int(state["best"][1]))
         try:
             self.rng.restore({"words": state["rng.words"], "spare": state["rng.spare"]})
         except ValueError:
             raise RunError(f"{path} is damaged: its random state is none.") from None
-        if self.step < 0 or not self._finite():
+        if self.step < 0 or not self.guard.finite():
             raise RunError(f"{path} is damaged: it holds numbers that training cannot go on from.")
         if place != self.folder:
             saves.publish(self.folder, place)  # a killed process may not have come to that

@@ -226,7 +226,7 @@ BATCH = (
     Tensor("share", (5,), "int64"),
     # Of each thread, a cache line apart, so that nobody waits for a line that another one writes:
     Tensor("arrivals", (W, 8), "int64"),  # how often it has come to a place where all meet
-    Tensor("squares", (W, 8), "float64"),  # the squared norm of its part of the gradient
+    Tensor("sums", (W, 8), "float64"),  # the loss of its share, the squared norm of its part of the gradient
     Tensor("partial", (W, X)),  # its part of a sum, where a row is read from memory by all: see streams.py
 )
 ME = 3  # where in `share` a thread finds its own number; the number of threads stands after it

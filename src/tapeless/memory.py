@@ -41,7 +41,7 @@ def training_memory(
     plans["losses"] = Plan(RESULT, dtype, {"W": team})
     if size * np.dtype(dtype).itemsize <= SNAPSHOTS:
         copies = [Tensor(name, (2, size)) for name in ("parameters", "m", "v")]
-        copies.append(Tensor("powers", (2, 2), "float64"))
+        copies += [Tensor("powers", (2, 2), "float64"), Tensor("means", (2, 4), "float64")]
         plans["two copies of the state"] = Plan(copies, dtype, aligned=False)
     sizes = decoding_sizes(config, decoding_team(config, threads) if compiled else 1)
     plans["generating texts"] = Plan(decoding(runs), dtype, sizes)

@@ -26,15 +26,25 @@ OPTIMISER = (
     Tensor("m", ("Q",)),
     Tensor("v", ("Q",)),
     Tensor("powers", (2,), "float64"),
+    # What spikes are measured by: good steps so far, running means of their losses and gradients' norms;
+    # and how many steps in a row were bad
+    Tensor("means", (4,), "float64"),
     Tensor("segments", ("R", 3), "int64"),
     Tensor("constants", (6,), "float64"),  # beta1, beta2, eps, weight_decay, momentum, grad_clip
+    Tensor("limits", (2,), "float64"),  # whether norms matter; how many times its mean is a spike, or 0
 )
 DATA = (
     Tensor("stream", ("M",), "int32"),
     Tensor("spans", ("K", "A", "B", 2), "int64"),
     Tensor("lrs", ("K",), "float64"),
     Tensor("losses", ("W", "K"), "float64"),  # of each thread's share
+    Tensor("norms", ("K",), "float64"),  # of the gradients, where something asks for them
+    Tensor("ended", (2,), "int64"),  # steps done, and why not all of them: what is wrong with the last one
 )
+# What may be wrong with a step.
+GOOD, BAD_LOSS, BAD_NORM, LOSS_SPIKE, NORM_SPIKE = range(5)
+# A running mean is of the last hundred good steps, roughly, and counts from the twentieth on.
+MEAN_OVER, MEAN_FROM = 100, 20
 SAMPLES = (
     Tensor("tokens", ("K", "B"), "int32"),  # each row begins with the prompt
     Tensor("lengths", ("K",), "int32"),  # tokens of each row, the prompt's included
@@ -72,7 +82,8 @@ def _make_gradient(schedule: Schedule, ops: Any, block_size: int) -> Callable:
 
 
 def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -> Callable:
-    """Every thread runs all steps, and updates its own part of the parameters."""
+    """Every thread runs all steps, and updates its own part of the parameters. A step that is bad ends
+    it, before anything is updated; on what is bad all threads agree, since they look at the same sums."""
     forward, backward = schedule.forward, schedule.backward
     pack, rows_of, meet = ops.pack, ops.rows, ops.meet
     adamw, sgd, global_norm = ops.adamw, ops.sgd, ops.global_norm
@@ -81,8 +92,10 @@ def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -
         p, g, a, d, batch, flat, opt, data = groups
         beta1, beta2, eps = opt.constants[0], opt.constants[1], opt.constants[2]
         weight_decay, momentum, clip = opt.constants[3], opt.constants[4], opt.constants[5]
+        watch, spike = opt.limits[0] > 0, opt.limits[1]
         me, threads = batch.share[ME], batch.share[ME + 1]
-        for k in range(data.lrs.shape[0]):
+        wrong, k = GOOD, 0
+        while wrong == GOOD and k < data.lrs.shape[0]:
             spans = data.spans[k]
             tokens = 0
             for i in range(spans.shape[0]):
@@ -95,23 +108,47 @@ def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -
                 loss += forward(p, a, batch)
                 backward(p, g, a, d, batch)
             data.losses[me, k] = loss
-            lr, scale = data.lrs[k], 1.0
-            if clip > 0:
+            lr, scale, norm = data.lrs[k], 1.0, 0.0
+            if clip > 0 or watch:
                 norm = global_norm(flat.grads)
-                batch.squares[me, 0] = norm * norm
-                meet(rows_of(batch))
-                square = 0.0
-                for thread in range(threads):
-                    square += batch.squares[thread, 0]
-                scale = min(1.0, clip / (np.sqrt(square) + 1e-6))
-            if adaptive:
-                adamw(
-                    opt.params, flat.grads, opt.m, opt.v, opt.powers, opt.segments,
-                    lr, beta1, beta2, eps, weight_decay, scale,
-                )  # fmt: skip
-            else:
-                sgd(opt.params, flat.grads, opt.m, lr, momentum, scale)
+            batch.sums[me, 0], batch.sums[me, 1] = loss, norm * norm
             meet(rows_of(batch))
+            loss, square = 0.0, 0.0
+            for thread in range(threads):
+                loss += batch.sums[thread, 0]
+                square += batch.sums[thread, 1]
+            norm = np.sqrt(square)
+            if clip > 0:
+                scale = min(1.0, clip / (norm + 1e-6))
+            if not np.isfinite(loss):
+                wrong = BAD_LOSS
+            elif not np.isfinite(norm):
+                wrong = BAD_NORM
+            elif spike > 0:
+                if opt.means[0] >= MEAN_FROM and loss > spike * opt.means[1]:
+                    wrong = LOSS_SPIKE
+                elif opt.means[0] >= MEAN_FROM and norm > spike * opt.means[2]:
+                    wrong = NORM_SPIKE
+                else:
+                    opt.means[0] += 1
+                    over = min(opt.means[0], MEAN_OVER)
+                    opt.means[1] += (loss - opt.means[1]) / over
+                    opt.means[2] += (norm - opt.means[2]) / over
+            if me == 0:
+                data.norms[k] = norm
+            opt.means[3] = 0 if wrong == GOOD else opt.means[3] + 1
+            if wrong == GOOD:
+                if adaptive:
+                    adamw(
+                        opt.params, flat.grads, opt.m, opt.v, opt.powers, opt.segments,
+                        lr, beta1, beta2, eps, weight_decay, scale,
+                    )  # fmt: skip
+                else:
+                    sgd(opt.params, flat.grads, opt.m, lr, momentum, scale)
+            meet(rows_of(batch))
+            k += 1
+        if me == 0:
+            data.ended[0], data.ended[1] = k, wrong
 
     return train
 

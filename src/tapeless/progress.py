@@ -10,6 +10,7 @@ import numpy as np
 from tapeless.generate import listed
 from tapeless.meter import Speed
 
+TOLD = 10  # skipped steps, each in a line
 COMPILING = "Compiling for this model and processor: some seconds, this once only."
 
 
@@ -27,6 +28,7 @@ class Console:
         self._speed: Speed | None = None  # told since the last line
         self._last: list[str] = []  # the speed, for the bar
         self._val = ""
+        self._skipped = 0
 
     def start(self, lines: list[str]) -> None:
         for line in lines:
@@ -57,7 +59,7 @@ class Console:
         while (due := min((self._shown // tenth + 1) * tenth, self._steps)) <= self._step > self._shown:
             said, self._unsaid = np.split(self._unsaid, [due - self._shown])
             speed, self._speed = self._speed, None
-            texts = [f"loss {said.mean():.4f}", *(() if speed is None else speed.texts())]
+            texts = [f"loss {_mean(said):.4f}", *(() if speed is None else speed.texts())]
             self._console.print(f"step {due:,}/{self._steps:,}: {' · '.join(texts)}")
             self._shown = due
         if self._bar is not None:
@@ -65,7 +67,7 @@ class Console:
             self._bar.update(
                 self._task,
                 completed=self._step,
-                loss=f"loss {self._recent.mean():.4f}",
+                loss=f"loss {_mean(self._recent):.4f}",
                 rate=f"{rate:,.{0 if rate >= 10 else 2}f} steps/s",
                 more=self._more(),
             )
@@ -96,9 +98,17 @@ class Console:
     def stopping(self) -> None:
         self._console.print("Stopping when this is done. Ctrl-C again leaves it out.")
 
+    def skipped(self, what: str) -> None:
+        self._skipped += 1
+        if self._skipped <= TOLD:
+            self._console.print(what)
+
     def finish(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._skipped:
+            steps = "step was" if self._skipped == 1 else "steps were"
+            self._console.print(f"{self._skipped:,} {steps} skipped: metrics.jsonl says which.")
         if done := self._step - self._first:
             self._console.print(
                 f"{done:,} steps in {self._seconds:,.2f} s: {_duration(self._seconds / done)} a step."
@@ -132,6 +142,12 @@ class Counting:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def _mean(losses: np.ndarray) -> float:
+    """Of steps that were not skipped because they had none."""
+    finite = losses[np.isfinite(losses)]
+    return float(finite.mean()) if finite.size else float("nan")
 
 
 def _duration(seconds: float) -> str:

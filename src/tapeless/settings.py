@@ -21,6 +21,7 @@ CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "optimiser": ("sgd", "adam", "adamw"),
     "order": ("shuffle", "draw", "windows", "sequence", "llmc"),
+    "bad_steps": ("stop", "skip"),
 }
 DOCUMENTS = ("shuffle", "draw")  # the orders of documents; the others are of windows
 
@@ -44,6 +45,10 @@ class Training:
     weight_decay: float = 0.0  # of matrices, decoupled: "adamw" only
     momentum: float = 0.0  # "sgd" only
     grad_clip: float = 0.0  # largest global norm of the gradient; 0 leaves it as it is
+    # A step is bad if its loss or its gradient's norm is not finite, or a spike: more than `spike` times its
+    # running mean. 0: nothing is a spike. "stop" looks at the norm only for spikes and for grad_clip.
+    bad_steps: str = "stop"  # "stop" | "skip": leave the model as it was, and go on with the next step
+    spike: float = 0.0
     # Documents: "shuffle" once, then round and round | "draw" at random each time. A long text: "windows"
     # of it at random places | "sequence": one after the other, over and over | "llmc": in llm.c's order.
     order: str = "shuffle"
@@ -67,6 +72,7 @@ class Training:
             "weight_decay": number("weight_decay", self.weight_decay, 0, 1e3, ends="low"),
             "momentum": number("momentum", self.momentum, 0, 1, ends="low"),
             "grad_clip": number("grad_clip", self.grad_clip, 0, 1e9, ends="low"),
+            "spike": number("spike", self.spike, 0, 1e9, ends="low"),
             "val_fraction": number("val_fraction", self.val_fraction, 0, 1, ends="low"),
             "eval_every": whole("eval_every", self.eval_every, 0, MAX_STEPS),
             "eval_batches": whole("eval_batches", self.eval_batches, 0, MAX_STEPS),
@@ -88,6 +94,8 @@ class Training:
             raise ConfigError(f"weight_decay needs optimiser='adamw', not {self.optimiser!r}.")
         if self.momentum and self.optimiser != "sgd":
             raise ConfigError(f"momentum needs optimiser='sgd', not {self.optimiser!r}.")
+        if 0 < self.spike <= 1:
+            raise ConfigError(f"spike must be above 1, or 0 for none, not {self.spike:g}.")
         if self.min_lr > self.lr:
             raise ConfigError(f"min_lr, {self.min_lr:g}, must not be above lr, {self.lr:g}.")
         if self.total_batch_tokens and self.of_documents:
@@ -95,6 +103,11 @@ class Training:
                 "total_batch_tokens counts the tokens of windows, and documents differ in length: set a "
                 "larger batch_size, or an order of windows, such as order=sequence."
             )
+
+    @property
+    def watches(self) -> bool:
+        """Whether a step's norm of the gradient decides if it is bad."""
+        return self.bad_steps == "skip" or self.spike > 0
 
     @property
     def of_documents(self) -> bool:

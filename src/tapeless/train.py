@@ -62,8 +62,9 @@ class Interrupted(KeyboardInterrupt):
 
 class Progress(Protocol):
     """What training tells while it runs; see tapeless.progress. Of these, `evaluated` and `sampled` come
-    only where there is something to tell, and only to who has them `speed`, at most once a second, and
-    `stopping`, when Ctrl-C came while something else than a step was done."""
+    only where there is something to tell, and only to who has them `speed`, at most once a second,
+    `stopping`, when Ctrl-C came while something else than a step was done, and `skipped`, for a step that
+    was left out."""
 
     def start(self, lines: list[str]) -> None: ...
     def compiling(self) -> None: ...
@@ -73,6 +74,7 @@ class Progress(Protocol):
     def evaluated(self, step: int, loss: float, best: bool) -> None: ...
     def sampled(self, step: int, texts: list[str]) -> None: ...
     def stopping(self) -> None: ...
+    def skipped(self, what: str) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -166,6 +168,7 @@ class Silent:
     def evaluated(self, step: int, loss: float, best: bool) -> None: ...
     def sampled(self, step: int, texts: list[str]) -> None: ...
     def stopping(self) -> None: ...
+    def skipped(self, what: str) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -217,7 +220,8 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
     t, engine = job.training, job.model.engine
     meter = Meter(engine, engine.team(t.batch_size))
     tell_speed = getattr(progress, "speed", Silent().speed)
-    job.keep()
+    tell_skipped = getattr(progress, "skipped", Silent().skipped)
+    job.guard.keep()
     job.try_data()
     if t.eval_every and job.step == 0:
         _evaluate(job, progress, stop)
@@ -231,10 +235,12 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
     while job.step < t.steps and not stop.asked:
         k = min(chunk, job.until_pause())
         began = time.monotonic()
-        losses, lengths = job.advance(k)
+        steps, lengths = job.advance(k)
         seconds = time.monotonic() - began
-        job.check(losses)
-        progress.update(losses)
+        said = job.guard.check(steps)
+        progress.update(steps.losses)
+        if said:
+            tell_skipped(said)
         meter.add(seconds, lengths)
         if (speed := meter.speed()) is not None:
             tell_speed(speed)
@@ -243,7 +249,8 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
         if job.samples:
             with suppress(KeyboardInterrupt), stop.by_asking_twice():
                 progress.sampled(job.step, job.sample())
-        chunk = max(1, min(8 * chunk, int(k * CHUNK_SECONDS / max(seconds, 1e-9))))
+        if not steps.wrong:
+            chunk = max(1, min(8 * chunk, int(k * CHUNK_SECONDS / max(seconds, 1e-9))))
         if job.folder is not None and job.step < t.steps and (began := time.monotonic()) - saved > pause:
             job.save()
             saved = time.monotonic()

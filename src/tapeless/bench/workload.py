@@ -70,7 +70,7 @@ class Workload:
         opt.constants[:] = t.beta1, t.beta2, t.eps, t.weight_decay, t.momentum, t.grad_clip
         program = "sgd" if t.optimiser == "sgd" else "adamw"
         began = time.perf_counter()
-        losses = engine.train(self.stream, self.spans[:steps], self.lrs[:steps], program)
+        losses = engine.train(self.stream, self.spans[:steps], self.lrs[:steps], program).losses
         return time.perf_counter() - began, losses
 
 

@@ -30,7 +30,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -291,12 +291,15 @@ def read_json(path: Path) -> Any:
         raise RunError(f"cannot read {path}: {error.strerror or error}.") from None
 
 
-def open_tensors(path: Path, expected: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, Stored]:
+def open_tensors(
+    path: Path, expected: Mapping[str, tuple[tuple[int, ...], Any]], optional: Sequence[str] = ()
+) -> dict[str, Stored]:
     """The tensors of a file, to be read. Raises `RunError` where it cannot be read, or does not hold
-    the `expected` names, with these shapes and kinds of number."""
+    the `expected` names but for the `optional` ones, with these shapes and kinds of number."""
     if not path.is_file():
         raise RunError(f"{path.parent} has no {path.name}: it is not a run folder, or incomplete.")
     tensors = safetensors.open_file(path)
+    expected = {name: what for name, what in expected.items() if name in tensors or name not in optional}
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise RunError(f"{path} has no tensor {missing[0]!r}: it does not match config.json.")
@@ -357,13 +360,13 @@ def open_model(folder: Path, place: Path) -> Checkpoint:
     )
 
 
-def read_into(views: Mapping[str, np.ndarray], path: Path) -> None:
-    """Copy the tensors of a file into `views`, by name. Raises `RunError`, before anything is copied,
-    where `open_tensors` does."""
+def read_into(views: Mapping[str, np.ndarray], path: Path, optional: Sequence[str] = ()) -> None:
+    """Copy the tensors of a file into `views`, by name; of the `optional` ones those that it has. Raises
+    `RunError`, before anything is copied, where `open_tensors` does."""
     expected = {name: (view.shape, view.dtype) for name, view in views.items()}
-    tensors = open_tensors(path, expected)
-    for name, view in views.items():
-        view[...] = tensors[name].map()
+    tensors = open_tensors(path, expected, optional)
+    for name, tensor in tensors.items():
+        views[name][...] = tensor.map()
 
 
 def cut_log(path: Path, steps: int, size: int = sys.maxsize) -> None:

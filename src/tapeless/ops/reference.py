@@ -523,7 +523,7 @@ def sample_token(probs, logits, temperature, top_k, top_p, uniform):
 def global_norm(grads):
     """√(Σ g²) over all parameters. Clipping to c scales by min(1, c / (norm + 1e-6)), as PyTorch
     does. Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063, algorithm 1."""
-    return np.sqrt(np.sum(grads**2))
+    return np.sqrt(np.sum(np.square(grads, dtype=np.float64)))
 
 
 def sgd(params, grads, m, lr, momentum, scale):
