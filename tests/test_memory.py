@@ -56,7 +56,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch, gigabytes, expe
 
 ALLOCATED = """
 import json, numpy as np, tapeless as tl
-from tapeless import engine, job, layout, memory
+from tapeless import engine, guard, layout, memory
 from tapeless.ops.cpu import peak  # which measures the processor, in buffers of its own
 sizes = []
 zeros, empty = layout.aligned_zeros, np.empty_like
@@ -71,7 +71,7 @@ def empty_like(array):
 
 layout.aligned_zeros = engine.aligned_zeros = aligned_zeros
 memory.SNAPSHOTS = guard.SNAPSHOTS = {snapshots}
-job.np = type("np", (), {{**vars(np), "empty_like": staticmethod(empty_like)}})
+guard.np = type("np", (), {{**vars(np), "empty_like": staticmethod(empty_like)}})
 run = tl.train({data!r}, {preset!r}, steps=6, batch_size=4, threads={threads}, engine={engine!r},
                set={settings!r}, progress=False, samples=2)
 plans, _ = memory.training_memory(

@@ -80,11 +80,12 @@ def first_not_finite(
     """Do one step from `state`, an engine's, on `step`, a stream, spans [A, B, 2] and a learning rate; in
     words, which op is the first to leave a number that is not finite, and where."""
     stream, spans, lr = step
+    dtype = str(state["params"].dtype)
     try:
-        check_memory(config, "reference", "float32", spans.shape[1], None, longest)
+        check_memory(config, "reference", dtype, spans.shape[1], None, longest)
     except ConfigError:
         return "There is not enough memory to look for the op by doing the step again."
-    engine = _Replay(config, "reference", "float32")
+    engine = _Replay(config, "reference", dtype)
     for name, array in engine.state.items():
         array[:] = state[name]
     engine.optimiser.constants[:] = constants

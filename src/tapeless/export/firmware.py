@@ -91,6 +91,8 @@ def prepare(
         data = data_of(source)
     what = _plan(source, data, settings, seed)
     training = what.preset.training
+    if training.watches:
+        raise ConfigError("bad_steps=skip and spike have no C version yet: leave them out.")
     _record(what.preset)  # refuses what has no C version, before anything is read
     if what.checkpoint is not None and (
         what.checkpoint.tokenizer is None or what.checkpoint.tokenizer.bos is None
