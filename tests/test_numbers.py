@@ -159,10 +159,13 @@ def test_positions_in_a_text(poisoned, tmp_path):
         "n_layer=1\nwarmup_steps=0\nschedule='constant'\nlr=9e5\nmin_lr=0\noptimiser='sgd'\ngrad_clip=0\n"
         "weight_decay=0\nval_fraction=0\neval_every=0\nblock_size=8\nbatch_size=5\norder='windows'\n"
     )
-    options = ("--preset", "shakespeare-char", "--config", "set.toml", "--engine", "reference")
+    options = ("--preset", "shakespeare-char", "--config", "set.toml")
     error = refused("train", text, *options, cwd=tmp_path)
     places = r"It was on tokens \d+ to \d+ of text\.txt, tokens .*, tokens .* and 2 more\. "
-    assert re.search(places + r"First not finite: \w+, in", error)
+    # LayerNorm of numbers whose squares overflow is zero in the reference, and what it is by chance elsewhere.
+    assert re.search(
+        places + r"(First not finite: \w+, in|The reference engine does this step without)", error
+    )
 
 
 def test_a_gradient_that_is_not_finite_is_bad_although_the_loss_is_not(monkeypatch):
