@@ -162,7 +162,7 @@ def test_positions_in_a_text(poisoned, tmp_path):
     options = ("--preset", "shakespeare-char", "--config", "set.toml")
     error = refused("train", text, *options, cwd=tmp_path)
     places = r"It was on tokens \d+ to \d+ of text\.txt, tokens .*, tokens .* and 2 more\. "
-    # LayerNorm of numbers whose squares overflow is zero in the reference, and what it is by chance elsewhere.
+    # LayerNorm of numbers whose squares overflow is zero in the reference.
     assert re.search(
         places + r"(First not finite: \w+, in|The reference engine does this step without)", error
     )
