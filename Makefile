@@ -4,6 +4,7 @@
 # make lint          ruff, formatting, type checks
 # make format        let ruff put the formatting right
 # make bench         how fast this machine is, and what share of its peak
+# make fuzz          20,000 inputs for each reader of files, found by what code they reach
 # make packages      Debian's compilers, emulated chips and browser for testing exported programs (as root)
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PACKAGES := gcc g++ clang libclang-rt-14-dev \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oracles lint format bench packages clean
+.PHONY: demo test test-oracles lint format bench fuzz packages clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tapeless train
@@ -37,6 +38,10 @@ format: $(VENV)/.linted
 
 bench: $(VENV)/.installed
 	$(BIN)/tapeless bench
+
+fuzz: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python fuzz/run.py all
 
 # Tests that need one of these leave out what they cannot do without it, and say so.
 packages:

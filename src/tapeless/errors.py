@@ -6,8 +6,19 @@ import difflib
 from collections.abc import Iterable
 
 
+LONGEST = 2000  # characters of a message
+
+
 class TapelessError(Exception):
-    """Base of every foreseeable error; the command line prints it on one line and exits with code 2."""
+    """Base of every foreseeable error; the command line prints it on one line and exits with code 2.
+
+    A message may quote what a file holds: it is made one line of printable text, and shortened.
+    """
+
+    def __init__(self, message: object):
+        text = " ".join(str(message).split())
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST]}…")
 
 
 class ConfigError(TapelessError):

@@ -109,7 +109,7 @@ def library() -> Any:
 
 def _check(description: dict[str, Any]) -> None:
     """Raise `DataError` for another kind of tokenizer, for two tokens of one id, or for merges that the
-    vocabulary does not have: they would make the library panic."""
+    vocabulary does not have: they would make the library panic. Nor may an id be far beyond the others."""
     try:
         model = description["model"]
         kind = model.get("type", "BPE" if "merges" in model else "unknown")  # older files name none
@@ -120,6 +120,9 @@ def _check(description: dict[str, Any]) -> None:
         for token, i in model["vocab"].items():
             if (first := token_of.setdefault(i, token)) != token:
                 raise DataError(f"it gives {first!r} and {token!r} the same id, {i}.")
+        # Ids without a token are what padded vocabularies have; but memory goes by the largest.
+        if (largest := max(token_of, default=0)) > 2 * len(token_of) + 1024:
+            raise DataError(f"it has {len(token_of):,} tokens, and gives one the id {largest:,}.")
         for merge in model["merges"]:
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             if not {left, right, left + right} <= model["vocab"].keys():

@@ -1,0 +1,373 @@
+"""What is fuzzed: one target for each reader of files, as functions of the bytes that a file holds.
+
+A target writes the bytes where the reader looks for them, and calls it as tapeless does. It may succeed, or
+raise one of `tapeless.errors` with one short line of printable text; anything else is a fault: another
+exception, memory beyond `MEMORY`, an input that takes longer than `SECONDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tapeless import plan
+from tapeless.data.documents import Corpus, read_documents
+from tapeless.data.shards import Shards
+from tapeless.data.table import MAGIC as TABLE
+from tapeless.data.tokenizers import CharTokenizer, read_tokenizer
+from tapeless.errors import TapelessError
+from tapeless.io import llmc, runs, saves
+from tapeless.io.checkpoints import open_model
+from tapeless.io.lock import Lock
+from tapeless.settings import read_toml
+from tapeless.train import train
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden_files"
+MEMORY = 2048  # MB, of a process
+SECONDS = 5
+LONGEST = 2500  # characters of a message
+
+
+class Target(NamedTuple):
+    """`read` takes a file's bytes and a folder; `seeds` are whole files to begin with; `kind` says how they
+    are changed: "json", "safetensors", "int32", or "bytes"."""
+
+    read: Callable[[bytes, Path], object]
+    seeds: Callable[[Path], list[bytes]]
+    kind: str = "bytes"
+
+
+TARGETS: dict[str, Target] = {}
+
+
+def target(seeds: Callable[[Path], list[bytes]], kind: str = "bytes") -> Callable[[Any], Any]:
+    def add(read: Callable[[bytes, Path], object]) -> Any:
+        TARGETS[read.__name__] = Target(read, seeds, kind)
+        return read
+
+    return add
+
+
+def check(name: str, data: bytes, folder: Path) -> bool:
+    """Give a target its input; whether that was a good file. Raises what is a fault."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            TARGETS[name].read(data, folder)
+    except TapelessError as error:
+        message = str(error)
+        assert message.isprintable(), f"not one line of printable text: {message!r}"
+        assert 0 < len(message) <= LONGEST, f"a message of {len(message)} characters"
+        return False
+    return True
+
+
+def place() -> Path:
+    """A new folder, in memory where the system has one there."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="tapeless-fuzz-", dir=memory if memory.is_dir() else None))
+
+
+def golden(*names: str) -> Callable[[Path], list[bytes]]:
+    return lambda folder: [(GOLDEN / name).read_bytes() for name in names]
+
+
+# ---------------------------------------------------------------- runs
+
+
+def _run(folder: Path) -> Path:
+    """A complete run, made once."""
+    run = folder / "run"
+    if not run.exists():
+        (folder / "text").write_text("ab\nba\naab\n")
+        train(
+            folder / "text", engine="reference", dtype="float32", steps=3, samples=0, out=run, progress=False,
+            set={"n_embd": 4, "n_head": 1, "block_size": 4},
+        )  # fmt: skip
+        shutil.rmtree(run / "checkpoints")  # what lies at the top is read where there is none
+    return run
+
+
+def _of_run(name: str) -> Callable[[Path], list[bytes]]:
+    return lambda folder: [(_run(folder) / name).read_bytes()]
+
+
+def _read_model(source: Path) -> None:
+    """All of a model, as `load` reads it into a buffer of its size."""
+    checkpoint = open_model(source)
+    for name in checkpoint.tensors:
+        for _ in checkpoint.blocks(name):
+            pass
+
+
+def _changed(folder: Path, name: str, data: bytes, read: Callable[[Path], object]) -> None:
+    """Read the run with another file of this name; then it has its own again."""
+    path = _run(folder) / name
+    before = path.read_bytes()
+    try:
+        path.write_bytes(data)
+        read(path.parent)
+    finally:
+        path.write_bytes(before)
+
+
+@target(_of_run("config.json"), "json")
+def run_config(data: bytes, folder: Path) -> None:
+    def read(run: Path) -> None:
+        _read_model(run)
+        plan.resumed(run, run, None, None, None, {}, None, None, None, None)
+
+    _changed(folder, "config.json", data, read)
+
+
+@target(_of_run("tokenizer.json"), "json")
+def run_tokenizer(data: bytes, folder: Path) -> None:
+    _changed(folder, "tokenizer.json", data, lambda run: runs.read_tokenizer(run, 3))
+
+
+@target(_of_run("model.safetensors"), "safetensors")
+def run_model(data: bytes, folder: Path) -> None:
+    _changed(folder, "model.safetensors", data, _read_model)
+
+
+@target(_of_run("state.safetensors"), "safetensors")
+def run_state(data: bytes, folder: Path) -> None:
+    _changed(folder, "state.safetensors", data, lambda run: _job(run).restore(run))
+
+
+@cache
+def _job(run: Path) -> Any:
+    """The run as it is resumed, before its state is read."""
+    what = plan.resumed(run, run, None, None, None, {"steps": 9}, None, None, None, None)
+    return plan.prepare(what._replace(saved=None), Lock(run))
+
+
+@target(lambda folder: [b'{"step": 1, "loss": 1.5, "lr": 0.1}\n{"step": 2, "loss": 1.25, "lr": 0.1}\n'])
+def run_metrics(data: bytes, folder: Path) -> None:
+    path = folder / "metrics.jsonl"
+    path.write_bytes(data)
+    runs.cut_log(path, 1)
+
+
+@target(
+    lambda folder: [
+        json.dumps(
+            {"step": 1, "files": {"config.json": {"bytes": 2, "sha256": "0" * 64}}, "logs": {}}
+        ).encode()
+    ],
+    "json",
+)
+def run_manifest(data: bytes, folder: Path) -> None:
+    place = folder / "kept" / "checkpoints" / "0001-step-1"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "config.json").write_text("{}")
+    (place / "manifest.json").write_bytes(data)
+    saves.damage(place, ("config.json",))
+    saves.logged(place)
+    saves.newest(folder / "kept", "config.json")
+
+
+# ---------------------------------------------------------------- models and states of others
+
+
+@target(golden("llmc_v1.bin", "llmc_v3.bin", "llmc_v5.bin"), "int32")
+def llmc_model(data: bytes, folder: Path) -> None:
+    (folder / "model.bin").write_bytes(data)
+    _read_model(folder / "model.bin")
+
+
+@target(golden("llmc_state.bin", "llmc_state_v1.bin"), "int32")
+def llmc_state(data: bytes, folder: Path) -> None:
+    (folder / "state.bin").write_bytes(data)
+    config = llmc.open_model(GOLDEN / "llmc_v3.bin").config
+    state = llmc.open_state(folder / "state.bin", config)
+    for name in state.grads.tensors:
+        for part in state.grads.tensors[name]:
+            for _ in part.blocks():
+                pass
+
+
+@target(golden("huggingface/config.json"), "json")
+def huggingface_config(data: bytes, folder: Path) -> None:
+    model = folder / "hf"
+    if not model.exists():
+        shutil.copytree(GOLDEN / "huggingface", model)
+    (model / "config.json").write_bytes(data)
+    _read_model(model)
+
+
+@target(golden("huggingface/model.safetensors", "huggingface_bf16/model.safetensors"), "safetensors")
+def huggingface_model(data: bytes, folder: Path) -> None:
+    model = folder / "hf2"
+    if not model.exists():
+        shutil.copytree(GOLDEN / "huggingface", model)
+    (model / "model.safetensors").write_bytes(data)
+    _read_model(model)
+
+
+# ---------------------------------------------------------------- tokens, tokenizers, texts, settings
+
+
+@target(golden("llmc_tokens_v1.bin", "llmc_tokens_v7.bin"), "int32")
+def shard(data: bytes, folder: Path) -> None:
+    path = folder / "tokens.bin"
+    path.write_bytes(data)
+    shards = Shards([path], 50257)
+    assert shards.digest
+    n = int(shards.pieces[-1])
+    if n > 1:
+        shards.take(np.array([[0, min(n - 1, 64)], [n - 2, 1]]))
+
+
+def _use(path: Path) -> None:
+    tokenizer = read_tokenizer(path)
+    if tokenizer.vocab_size < 2**20:
+        tokenizer.token_bytes()
+    tokenizer.to_dict()
+    tokens = tokenizer.encode("ab a")
+    tokenizer.decode([*tokens, 0, tokenizer.vocab_size, -1])
+    assert tokenizer.start >= 0
+
+
+def _bpe(folder: Path) -> list[bytes]:
+    vocab = {chr(c): i for i, c in enumerate(range(0x21, 0x7F))} | {"Ġ": 94, "ab": 95, "Ġa": 96}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"], ["Ġ", "a"]]}
+    added = [{"id": 97, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True}]  # fmt: skip
+    about = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": model,
+    }
+    char = {"type": "char", "chars": "ab ", "bos": 3, "fold": False}
+    return [json.dumps(about).encode(), json.dumps(char).encode()]
+
+
+@target(_bpe, "json")
+def tokenizer(data: bytes, folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(data)
+    _use(folder / "tokenizer.json")
+
+
+@target(golden("llmc_tokenizer.bin"), "int32")
+def llmc_tokenizer(data: bytes, folder: Path) -> None:
+    (folder / "gpt2_tokenizer.bin").write_bytes(data)
+    _use(folder / "gpt2_tokenizer.bin")
+
+
+@target(lambda folder: [b'{"a": 0, "b": 1, "\xc4\xa0": 2, "ab": 3}\0#version: 0.2\na b\n'])
+def vocab_and_merges(data: bytes, folder: Path) -> None:
+    vocab, _, merges = data.partition(b"\0")
+    (folder / "vocab.json").write_bytes(vocab)
+    (folder / "merges.txt").write_bytes(merges)
+    _use(folder / "vocab.json")
+
+
+@target(
+    lambda folder: [b"seed = 1\nn_embd = 32\n[training]\nlr = 0.1\norder = 'draw'\n[model]\nnorm = 'rms'\n"]
+)
+def toml(data: bytes, folder: Path) -> None:
+    (folder / "set.toml").write_bytes(data)
+    settings = read_toml(folder / "set.toml")
+    settings.pop("seed", None)
+    plan.fresh(None, None, None, None, settings, None, None, None, None)
+
+
+@target(lambda folder: [b"emma\nolivia\n", "\ufeffZoë\r\n\n  José \n".encode()])
+def text(data: bytes, folder: Path) -> None:
+    (folder / "text.txt").write_bytes(data)
+    documents = read_documents(folder / "text.txt")
+    Corpus.from_documents(documents, CharTokenizer.from_documents(documents), 8)
+    whole = read_documents(folder / "text.txt", whole=True)
+    Corpus.from_documents(whole, CharTokenizer.from_text(whole), 8)
+    Corpus.from_documents(documents, CharTokenizer.letters(), 8)
+
+
+# ---------------------------------------------------------------- changing them
+
+
+VALUES: list[Any] = [
+    None, True, False, 0, -1, 1, 2, 3, 2**31 - 1, 2**31, 2**40, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e308, -1e-9,
+    float("nan"), float("inf"), "", "a", "\0", "\x1b[31m", "\ud800", "x" * 3000, "F32", "I64", [], {}, [0], [0, 0],
+    [[]], {"a": 1}, "../../etc/passwd",
+]  # fmt: skip
+WORDS = [0, 1, 2, 3, 4, 7, 127, 128, 1024, 50257, 65536, 2**31 - 1, -1, -(2**31), 20240326, 20240520, TABLE]
+
+
+def _nodes(value: Any, out: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        out.append((value, key))
+        _nodes(value[key], out)
+    return out
+
+
+def _change_json(content: Any, chance: random.Random) -> Any:
+    nodes = _nodes(content, [])
+    if not nodes or chance.random() < 0.02:
+        return chance.choice(VALUES)
+    holder, key = chance.choice(nodes)
+    what = chance.random()
+    if what < 0.15:
+        del holder[key]
+    elif what < 0.25 and isinstance(holder, dict):
+        holder[chance.choice(["a", "", "\x1b", "wte", "é\n"])] = holder[key]
+    elif what < 0.35:
+        other = chance.choice(nodes)
+        holder[key] = json.loads(json.dumps(other[0].get(other[1]) if isinstance(other[0], dict) else None))
+    elif what < 0.5 and isinstance(holder[key], int):
+        holder[key] += chance.choice([-1, 1, 4, 1 << chance.randrange(64)])
+    else:
+        holder[key] = chance.choice(VALUES)
+    return content
+
+
+def _as_json(content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+def change(kind: str, data: bytes, chance: random.Random) -> bytes:
+    """A file that is another, but keeps to its format so far that readers look into it."""
+    try:
+        if kind == "json":
+            content = json.loads(data)
+            for _ in range(chance.randrange(1, 4)):
+                content = _change_json(content, chance)
+            return _as_json(content)
+        if kind == "safetensors":
+            length = int.from_bytes(data[:8], "little")
+            header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+            for _ in range(chance.randrange(1, 3)):
+                header = _change_json(header, chance)
+            text = _as_json(header)
+            return len(text).to_bytes(8, "little") + text + rest
+        if kind == "int32" and len(data) >= 64:
+            words = bytearray(data)
+            for _ in range(chance.randrange(1, 3)):
+                at = 4 * chance.randrange(16)
+                words[at : at + 4] = (chance.choice(WORDS) % 2**32).to_bytes(4, "little")
+            return bytes(words)
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        pass
+    changed = bytearray(data)
+    for _ in range(chance.randrange(1, 5)):
+        at = chance.randrange(len(changed) + 1)
+        if chance.random() < 0.3:
+            del changed[at : at + chance.randrange(1, 9)]
+        elif chance.random() < 0.5:
+            changed[at:at] = bytes([chance.randrange(256)]) * chance.choice([1, 1, 1, 8, 1000])
+        elif at < len(changed):
+            changed[at] ^= 1 << chance.randrange(8)
+    return bytes(changed)
