@@ -310,8 +310,8 @@ def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment())
         before = (folder / "state.safetensors").stat().st_mtime_ns if folder.exists() else None
         for _ in range(3000):
-            path = folder / "model.safetensors"
-            if path.exists() and (folder / "state.safetensors").stat().st_mtime_ns != before:
+            path = folder / "state.safetensors"  # of the four the last
+            if path.exists() and path.stat().st_mtime_ns != before:
                 break
             time.sleep(0.01)
         time.sleep(wait)

@@ -111,9 +111,8 @@ class Guard:
 
     def _go_back(self, losses: np.ndarray) -> NoReturn:
         job, skips = self._job, self._job.training.bad_steps == "skip"
-        seen = np.concatenate([*job.losses, losses])
-        first = job.step - len(seen)
-        good = self._good[0]
+        job.losses.append(losses)
+        end, good = job.step, self._good[0]
         good.restore(job)
         while True:
             here, (steps, _) = Snapshot(job), job.advance(1)
@@ -124,7 +123,7 @@ class Guard:
         here.restore(job)
         message = f"{what} at step {job.step + 1:,}. {self._explained(job.step + 1)}"
         good.restore(job)
-        job.forget(seen[: job.step - first])
+        job.forget(end - job.step)
         self.skipped = {step: why for step, why in self.skipped.items() if step <= job.step}
         self._give_up(message)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -31,6 +31,35 @@ from tapeless.settings import Training
 SHOWN = 3  # texts generated while training, at most
 
 
+class Losses:
+    """The losses of the last steps, `MOST` of them at least if there were so many: training for days must not
+    take ever more memory."""
+
+    MOST = 2**23
+
+    def __init__(self) -> None:
+        self._room, self._size = np.empty(1024), 0
+
+    def append(self, losses: np.ndarray) -> None:
+        if self._size + len(losses) > len(self._room):
+            kept = self.all[-self.MOST :]
+            size = len(kept) + len(losses)
+            self._room = np.concatenate([kept, losses, np.empty(min(size, self.MOST))])
+            self._size = size
+        else:
+            self._room[self._size : self._size + len(losses)] = losses
+            self._size += len(losses)
+
+    @property
+    def all(self) -> np.ndarray:
+        """A view of them, until there are more."""
+        return self._room[: self._size]
+
+    def drop(self, count: int) -> None:
+        """Forget the last ones."""
+        self._size -= min(count, self._size)
+
+
 @dataclass
 class Job:
     """A model in training. `batches` of `batch_size` windows or documents, none longer than `longest`,
@@ -49,10 +78,11 @@ class Job:
     overwrite: bool  # a run that stands in the folder
     resumed: bool = False
     step: int = 0
-    losses: list[np.ndarray] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
     val_losses: dict[int, float] = field(default_factory=dict)  # by step
     best: tuple[float, int] = (math.inf, 0)  # the lowest of them of all times, and its step
     texts: dict[int, list[str]] = field(default_factory=dict)  # generated while training
+    _changed: str = ""  # what is otherwise than when it was saved
     _logged: int = 0  # steps already in metrics.jsonl
     _saved: int | None = None  # the step of the state in the folder
     _taken: Path | None = None  # the checkpoint it was resumed from
@@ -213,10 +243,9 @@ class Job:
             self._place = self.folder
         self._saved = self.step
 
-    def forget(self, losses: np.ndarray) -> None:
-        """Let the present step be the last one that was done, with these losses of all there were, and save
-        that."""
-        self.losses = [losses]
+    def forget(self, count: int) -> None:
+        """Let the present step be the last one that was done, without the last `count`, and save that."""
+        self.losses.drop(count)
         self.val_losses = {step: loss for step, loss in self.val_losses.items() if step <= self.step}
         self.texts = {step: texts for step, texts in self.texts.items() if step <= self.step}
         if self._place is not None:
@@ -279,11 +308,11 @@ class Job:
         }
 
     def _new_rows(self) -> list[dict[str, Any]]:
-        first = self.step - sum(map(len, self.losses))
-        losses = np.concatenate(self.losses) if self.losses else np.empty(0)
+        first = self._logged
+        losses = self.losses.all[len(self.losses.all) - (self.step - first) :]
         rates = learning_rates(self.training, first, len(losses))
         rows: list[dict[str, Any]] = []
-        for i in range(max(self._logged - first, 0), len(losses)):
+        for i in range(len(losses)):
             step = first + i + 1
             skipped = self.guard.skipped.get(step)
             if step % self.log_every == 0 or step in self.val_losses or skipped:
@@ -326,6 +355,12 @@ class Job:
         for log, steps in ((runs.METRICS, self.step), (runs.SAMPLES_LOG, self.step - ended)):
             runs.cut_log(self.folder / log, steps, sizes.get(log, sys.maxsize))
 
+    def change(self, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """Record what is from now on otherwise than before."""
+        if changes:
+            self.about["changes"].append({"step": self.step} | {k: list(v) for k, v in changes.items()})
+            self._changed = ", ".join(f"{k} {was} → {now}" for k, (was, now) in changes.items())
+
     # ------------------------------------------------------------ for people
 
     def headline(self) -> list[str]:
@@ -348,5 +383,6 @@ class Job:
             what = "document is" if train.n_cut == 1 else "documents are"
             lines.append(f"{train.n_cut:,} {what} longer than the block of {self.longest} tokens: {verb}.")
         if self.step:
-            lines.append(f"Going on from step {self.step:,}.")
+            changed = f" Changed: {self._changed}." if self._changed else ""
+            lines.append(f"Going on from step {self.step:,}.{changed}")
         return lines

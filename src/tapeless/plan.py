@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tapeless.config import COMPUTED, GPTConfig, whole
@@ -50,6 +52,10 @@ class Plan(NamedTuple):
     saved: Path | None = None  # where its checkpoint lies
     keep: int = KEEP  # checkpoints
     digests: tuple[str, str | None] | None = None  # of the data it was trained and validated on
+    sizes: str | None = None  # of that data, for people
+    # What was changed when it was resumed: at which steps, and now, each setting's value before and after
+    history: Sequence[dict[str, Any]] = ()
+    changes: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
 
 
 def fresh(
@@ -159,7 +165,12 @@ def resumed(
             saved=place,
             keep=whole("keep", saved.get("keep", KEEP), 1, MAX_KEEP),
             digests=(saved["digest"], saved["val_digest"]),
+            sizes=str(saved["sizes"]) if "sizes" in saved else None,
+            history=list(saved.get("changes", ())),
         )
+        before = dataclasses.asdict(plan.preset.training) | {
+            name: saved.get(name) for name in ("engine", "dtype", "threads")
+        }
     except (KeyError, TypeError, ConfigError):
         raise RunError(
             f"{place / runs.CONFIG} does not describe a training run, so it cannot be resumed."
@@ -172,7 +183,11 @@ def resumed(
     plan = plan._replace(preset=plan.preset.with_settings(settings))
     if difference := _difference(config, plan.preset.model):
         raise RunError(f"{folder} has another model: {difference}. Resume without changing it.")
-    return plan
+    after = dataclasses.asdict(plan.preset.training) | {
+        name: value for name in ("engine", "dtype", "threads") if (value := getattr(plan, name)) is not None
+    }
+    changes = {name: (before[name], value) for name, value in after.items() if value != before[name]}
+    return plan._replace(changes=changes)
 
 
 def _difference(old: GPTConfig, new: GPTConfig) -> str:
@@ -205,7 +220,11 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
             (plan.val or plan.data, val_digest, plan.digests[1]),
         ):
             if now != was:
-                raise RunError(f"{source} is not the data that {plan.folder} was trained on.")
+                size = f" ({plan.sizes})" if plan.sizes else ""
+                raise RunError(
+                    f"{source} is not the data that {plan.folder} was trained on{size}: it has "
+                    f"{data.sizes()}, and the checksum {_short(now)} where that had {_short(was)}."
+                )
 
     rng = generator(config, plan.seed)
     order = make_order(training.order, data.train, rng, training.batch_size, longest)
@@ -222,6 +241,7 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
         "pretrained": plan.pretrained,
         "data": _resolved(plan.data),
         "val": None if plan.val is None else _resolved(plan.val),
+        "sizes": data.sizes(),
         "digest": data.train.digest,
         "val_digest": val_digest,
         "seed": plan.seed,
@@ -229,11 +249,17 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
         "dtype": str(model.engine.dtype),
         "threads": model.engine.team(training.batch_size),
         "keep": plan.keep,
+        "changes": list(plan.history),
     }
     job = Job(model, training, data, order, batches, longest, rng, about, lock, log_every, overwrite)
     if plan.saved is not None:
         job.restore(plan.saved)
+        job.change(plan.changes)
     return job
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else digest[:12]
 
 
 def _longest(config: GPTConfig, training: Training) -> int:

@@ -38,9 +38,9 @@ DISK = 5e8  # bytes a second that a disk writes, until it is known
 
 @dataclass
 class Run:
-    """What `train` returns: `losses` [steps done], `samples`, the trained `model`, its `folder`; by step
-    the losses `val_losses` on what was held out, and `best`, the step whose model lies in the folder
-    `best` of the run."""
+    """What `train` returns: `losses` [steps done], of more than 8 million the last ones, `samples`, the
+    trained `model`, its `folder`; by step the losses `val_losses` on what was held out, and `best`, the step
+    whose model lies in the folder `best` of the run."""
 
     model: GPT
     losses: np.ndarray
@@ -190,8 +190,7 @@ def _run(job: Job, progress: Progress) -> Run:
         finally:
             progress.finish()
             job.end()
-    losses = np.concatenate(job.losses) if job.losses else np.empty(0)
-    run = Run(job.model, losses, [], job.folder, job.step, job.val_losses, job.best[1] or None)
+    run = Run(job.model, job.losses.all.copy(), [], job.folder, job.step, job.val_losses, job.best[1] or None)
     if stop.asked and job.step < t.steps:
         raise Interrupted(run, stop.asked)
     if t.samples:

@@ -50,7 +50,8 @@ class BPETokenizer:
     @property
     def start(self) -> int:
         """The token to generate from when there is no prompt: BOS, or else a line end."""
-        return self.encode("\n")[0] if self.bos is None else self.bos
+        # A normaliser may leave nothing of a line end.
+        return next(iter(self.encode("\n")), 0) if self.bos is None else self.bos
 
     def encode(self, text: str) -> list[int]:
         try:

@@ -99,7 +99,8 @@ class CharTokenizer:
     @property
     def start(self) -> int:
         """The token to generate from when there is no prompt: BOS, or else a line end."""
-        return self.encode("\n" if "\n" in self.chars else self.chars[0])[0] if self.bos is None else self.bos
+        ids: dict[str, int] = self._ids  # type: ignore[attr-defined]
+        return ids.get("\n", ids[self.chars[0]]) if self.bos is None else self.bos
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, without BOS. Raises `DataError` for an unknown character."""

@@ -376,23 +376,33 @@ def cut_log(path: Path, steps: int, size: int = sys.maxsize) -> None:
     `size`, what the file had when it was saved, anything may lie if the machine broke down.
     """
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            left = sum(map(len, _kept(path, file, steps, size)))
+            if left == os.fstat(file.fileno()).st_size:
+                return
+
+        def write(aside: Path) -> None:
+            with open(path, "rb") as file, open(aside, "wb") as other:
+                other.writelines(_kept(path, file, steps, size))
+
+        write_file(path, write)
     except FileNotFoundError:
         return
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}.") from None
-    lines = content.splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    kept, end = [], 0
-    for number, line in enumerate(lines, 1):
+
+
+def _kept(path: Path, file: Iterable[bytes], steps: int, size: int) -> Iterator[bytes]:
+    """The lines of a log that `cut_log` leaves."""
+    end = 0
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            return
         try:
             if json.loads(line)["step"] <= steps:
-                kept.append(line)
+                yield line
             end += len(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if end >= size:
-                break
+                return
             raise RunError(f"{path} is damaged in line {number}: mend or remove it to go on.") from None
-    if (text := b"".join(kept)) != content:
-        write_file(path, lambda aside: aside.write_bytes(text))
