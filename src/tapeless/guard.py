@@ -43,12 +43,13 @@ class Snapshot:
 
 
 class Guard:
-    """Looks at what steps gave. `skipped` says by step why it was left out."""
+    """Looks at what steps gave. `skipped` says by step why it was left out, until that is logged."""
 
     def __init__(self, job: Job):
         self._job = job
         self.small = job.model.engine.params.nbytes <= SNAPSHOTS
         self.skipped: dict[int, str] = {}
+        self._explanations = 0
         self._good: deque[Snapshot] = deque()
         t, engine = job.training, job.model.engine
         engine.optimiser.limits[:] = t.watches, t.spike
@@ -97,7 +98,8 @@ class Guard:
         if job.model.engine.optimiser.means[3] >= MOST_SKIPPED:
             job.save()
             self._give_up(f"{MOST_SKIPPED} steps in a row were bad: {why} at step {job.step:,}.")
-        explained = len(self.skipped) <= EXPLAINED and steps.wrong in (BAD_LOSS, BAD_NORM)
+        explained = self._explanations < EXPLAINED and steps.wrong in (BAD_LOSS, BAD_NORM)
+        self._explanations += explained
         more = self._explained(job.step) if explained else self._done_on()
         return f"step {job.step:,} is skipped: {why}. {more}"
 

@@ -28,6 +28,7 @@ from tapeless.optim import learning_rates
 from tapeless.rng import Random
 from tapeless.settings import Training
 
+UNLOGGED = 2**16  # steps, at most, of which no rows are written
 SHOWN = 3  # texts generated while training, at most
 
 
@@ -35,10 +36,10 @@ class Losses:
     """The losses of the last steps, `MOST` of them at least if there were so many: training for days must not
     take ever more memory."""
 
-    MOST = 2**23
+    MOST, ROOM = 2**23, 2**10
 
     def __init__(self) -> None:
-        self._room, self._size = np.empty(1024), 0
+        self._room, self._size = np.empty(self.ROOM), 0
 
     def append(self, losses: np.ndarray) -> None:
         if self._size + len(losses) > len(self._room):
@@ -225,6 +226,13 @@ class Job:
         if self.guard.small:
             self.save()
 
+    def log(self) -> None:
+        """Write the rows of many steps that are not saved yet: a save, whose time says when the next one is
+        due, must not take ever longer, and `losses` keeps not all of them for ever."""
+        if self._place is not None and self.step - self._logged >= UNLOGGED:
+            with self.told():
+                runs.append_rows(self._place / runs.METRICS, self._new_rows(), flush=False)
+
     def save(self) -> None:
         """Write the run's files, if it has begun to have any. Raises `NumericsError` instead if the state
         is not finite."""
@@ -309,12 +317,14 @@ class Job:
 
     def _new_rows(self) -> list[dict[str, Any]]:
         first = self._logged
-        losses = self.losses.all[len(self.losses.all) - (self.step - first) :]
+        kept = self.losses.all
+        losses = kept[len(kept) - (self.step - first) :]
+        assert len(losses) == self.step - first
         rates = learning_rates(self.training, first, len(losses))
         rows: list[dict[str, Any]] = []
         for i in range(len(losses)):
             step = first + i + 1
-            skipped = self.guard.skipped.get(step)
+            skipped = self.guard.skipped.pop(step, "")
             if step % self.log_every == 0 or step in self.val_losses or skipped:
                 loss = float(losses[i]) if math.isfinite(losses[i]) else None  # JSON has no other numbers
                 row: dict[str, Any] = {"step": step, "loss": loss, "lr": float(rates[i])}

@@ -186,6 +186,11 @@ def resumed(
     after = dataclasses.asdict(plan.preset.training) | {
         name: value for name in ("engine", "dtype", "threads") if (value := getattr(plan, name)) is not None
     }
+    # Other orders count in other things, and sgd keeps other moments.
+    for name, kind in (("order", str), ("optimiser", lambda optimiser: optimiser == "sgd")):
+        if kind(before[name]) != kind(after[name]):
+            now = after[name]
+            raise RunError(f"{folder} was trained with {name}={before[name]}: it cannot go on with {now}.")
     changes = {name: (before[name], value) for name, value in after.items() if value != before[name]}
     return plan._replace(changes=changes)
 

@@ -248,6 +248,7 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
         if job.samples:
             with suppress(KeyboardInterrupt), stop.by_asking_twice():
                 progress.sampled(job.step, job.sample())
+        job.log()
         if not steps.wrong:
             chunk = max(1, min(8 * chunk, int(k * CHUNK_SECONDS / max(seconds, 1e-9))))
         if job.folder is not None and job.step < t.steps and (began := time.monotonic()) - saved > pause:

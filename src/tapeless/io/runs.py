@@ -216,13 +216,14 @@ def begin_log(path: Path) -> None:
         path.touch()
 
 
-def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append to a log and flush it to disk. One that is gone is not begun again: it would lack rows."""
+def append_rows(path: Path, rows: Iterable[dict[str, Any]], flush: bool = True) -> None:
+    """Append to a log, and flush it to disk. One that is gone is not begun again: it would lack rows."""
     with writing(path), open(path, "r+b") as file:
         file.seek(0, os.SEEK_END)
         file.write(json_lines(rows).encode())
         file.flush()
-        os.fsync(file.fileno())
+        if flush:
+            os.fsync(file.fileno())
 
 
 def remove(paths: Iterable[Path]) -> None:
