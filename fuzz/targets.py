@@ -13,7 +13,9 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from tapeless.data.documents import Corpus, read_documents
 from tapeless.data.shards import Shards
 from tapeless.data.table import MAGIC as TABLE
 from tapeless.data.tokenizers import CharTokenizer, read_tokenizer
-from tapeless.errors import TapelessError
+from tapeless.errors import DataError, TapelessError
 from tapeless.io import llmc, runs, saves
 from tapeless.io.checkpoints import open_model
 from tapeless.io.lock import Lock
@@ -158,14 +160,12 @@ def run_metrics(data: bytes, folder: Path) -> None:
     runs.cut_log(path, 1)
 
 
-@target(
-    lambda folder: [
-        json.dumps(
-            {"step": 1, "files": {"config.json": {"bytes": 2, "sha256": "0" * 64}}, "logs": {}}
-        ).encode()
-    ],
-    "json",
-)
+def _manifest(folder: Path) -> list[bytes]:
+    about = {"bytes": 2, "sha256": sha256(b"{}").hexdigest()}
+    return [json.dumps({"step": 1, "files": {"config.json": about}, "logs": {}}).encode()]
+
+
+@target(_manifest, "json")
 def run_manifest(data: bytes, folder: Path) -> None:
     place = folder / "kept" / "checkpoints" / "0001-step-1"
     place.mkdir(parents=True, exist_ok=True)
@@ -233,9 +233,11 @@ def _use(path: Path) -> None:
     if tokenizer.vocab_size < 2**20:
         tokenizer.token_bytes()
     tokenizer.to_dict()
-    tokens = tokenizer.encode("ab a")
+    tokens: list[int] = []
+    with suppress(DataError):  # not every one has every character
+        tokens = tokenizer.encode("ab a")
+        assert tokenizer.start >= 0
     tokenizer.decode([*tokens, 0, tokenizer.vocab_size, -1])
-    assert tokenizer.start >= 0
 
 
 def _bpe(folder: Path) -> list[bytes]:
