@@ -174,11 +174,12 @@ def test_the_stack_is_bounded(name, preset, tmp_path):
     assert library - compilers - mains <= {"expf", "logf", "sqrtf", "sinf", "cosf"}
 
 
-def test_xtensa_compiles_it(tmp_path):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_xtensa_compiles_it(preset, tmp_path):
     """The instruction set of the ESP family, in the variant that Debian has a compiler for."""
     compiler = "xtensa-lx106-elf-gcc"
     needs(compiler)
-    folder = export("microgpt", out=tmp_path / "program")
+    folder = export(preset, out=tmp_path / "program")
     headers = ("-isystem", "/usr/lib/xtensa-lx106-elf/include")
     sources = sorted(folder.glob("tapeless_*.c"))
     output = run(compiler, *STRICT, *headers, "-c", *sources, cwd=tmp_path)

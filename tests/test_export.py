@@ -16,6 +16,7 @@ import tapeless as tl
 from commands import contents, refused, succeeds, tapeless
 from firmware import STRICT, export, needs, run
 from tapeless.data.tokenizers import CharTokenizer
+from tapeless.export.int8 import quantise
 from tapeless.settings import parse_setting
 
 EACH = "-DTL_LOG_EVERY=1"
@@ -179,23 +180,41 @@ def test_int8_weights_are_a_quarter_and_their_cost_is_told(trained_run, tmp_path
 
 
 def _of_rounded(folder: Path) -> list[str]:
-    """Texts of the run's model with each row rounded to 255 steps, here and by other code."""
+    """Texts of the run's model with each row of its matrices rounded to 255 steps, here and by other code."""
     model = tl.load(folder, "reference", dtype="float32")
-    for w in model.params.values():
+    for name in {"wte", "wpe", "wqkv", "wo", "w1", "w2", "head"} & model.params.keys():
+        w = model.params[name]
         scale = np.abs(w).max(axis=-1, keepdims=True) / 127
         w[...] = np.rint(w / scale) * scale
     return model.generate(n=20, temperature=0.5, seed=42)
 
 
-def test_tied_heads_and_biases_generate_in_int8(tmp_path):
-    sets = [w for pair in ("tied=true", "bias=true", "norm_gain=true", "n_layer=2") for w in ("--set", pair)]
-    folder = tmp_path / "run"
-    succeeds("train", "--engine", "reference", "--steps", 40, *sets, "--out", folder, cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("preset", "pairs"),
+    [
+        ("microgpt", ("tied=true", "bias=true", "norm_gain=true", "n_layer=2")),
+        ("flashmicrogpt", ("bias=true", "activation=gelu", "norm_final=true")),
+    ],
+)
+def test_other_models_generate_in_int8(preset, pairs, tmp_path):
+    folder, sets = tmp_path / "run", [word for pair in pairs for word in ("--set", pair)]
+    arguments = ("--preset", preset, "--engine", "reference", "--steps", 40)
+    succeeds("train", *arguments, *sets, "--out", folder, cwd=tmp_path)
     program = export(folder, "--weights", "int8", out=tmp_path / "program")
     _, texts = told(build(program))
-    assert texts[0]
-    assert len(texts) == 20
-    assert "tl_tied_head_int8(" in (program / "tapeless_model.c").read_text()
+    assert texts == _of_rounded(folder)
+    head = "tl_tied_head_int8(" if "tied=true" in pairs else "tl_linear_int8(c_logits"
+    assert head in (program / "tapeless_model.c").read_text()
+
+
+def test_int8_of_zeros_and_of_the_smallest_numbers():
+    """A scale without digits, times 127, may be less than its weight, which keeps its sign all the same."""
+    config = tl.presets["microgpt"].model.replace(vocab_size=27)
+    smallest = np.float32(2.0**-149)
+    for largest in (0, 1, 60, 130, 180, 1000):
+        weights = np.full(4192, -largest * smallest, np.float32)
+        off = np.abs(quantise(config, weights).rounded - weights).max()
+        assert off <= largest * smallest, largest
 
 
 # ---------------------------------------------------------------- what is refused
@@ -382,7 +401,8 @@ def test_counts_that_a_chip_cannot_hold_are_refused(tmp_path):
 
 
 def test_options_that_would_do_nothing_are_refused(trained_run, tmp_path):
-    for option in (("--out", "p"), ("--to", "c"), ("--mode", "train"), ("--target", "esp32"), ("--seed", 1)):
+    options = (("--out", "p"), ("--to", "c"), ("--mode", "train"), ("--target", "esp32"), ("--seed", 1))
+    for option in (*options, ("--weights", "int8"), ("--overwrite",)):
         assert "leave --" in refused("export", "microgpt", "--show", *option, cwd=tmp_path)
     assert "n_embd" in refused("export", trained_run, "--show", "--set", "n_embd=32", cwd=tmp_path)
     assert "no threads" in refused("budget", "microgpt", "--target", "esp32", "--threads", 2, cwd=tmp_path)

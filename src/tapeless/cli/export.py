@@ -35,9 +35,7 @@ def export(
     steps: Annotated[int | None, option("Training steps.", "N", "the preset's")] = None,
     set_: Settings = None,
     seed: Annotated[int | None, option("Seed where the chip has none of its own.", "S", "42")] = None,
-    weights: Annotated[
-        str, typer.Option(metavar="NAME", help="float32, or int8: a quarter of it.")
-    ] = "float32",
+    weights: Annotated[str | None, option("float32, or int8: a quarter of it.", "NAME", "float32")] = None,
     target: Annotated[
         str | None,
         option("Chip that it must fit: see budget --target.", "NAME", "esp32 for esp-idf and arduino"),
@@ -64,7 +62,10 @@ def export(
     from tapeless.export.export import export as export_model
 
     settings = parse_settings(set_) | ({} if steps is None else {"steps": steps})
-    unused = {"to": to, "out": out, "mode": mode, "data": data, "seed": seed, "target": target}
+    unused = {
+        "to": to, "out": out, "mode": mode, "data": data, "seed": seed, "weights": weights, "target": target,
+        "overwrite": overwrite or None,
+    }  # fmt: skip
     if show or draw is not None:
         from tapeless.export.drawing import check_path, draw_memory
         from tapeless.export.firmware import trace_of
@@ -84,8 +85,9 @@ def export(
     if out is None or not out.name:  # of nothing, or the present folder
         raise ConfigError("export writes a folder: name it with --out DIR.")
     export_model(
-        source, to or "c", out, mode=mode, data=data, settings=settings, seed=seed, weights=weights,
-        target=target, overwrite=overwrite, command=_typed(sys.argv[1:]), say=say,
+        source, to or "c", out, mode=mode, data=data, settings=settings, seed=seed,
+        weights=weights or "float32", target=target, overwrite=overwrite, command=_typed(sys.argv[1:]),
+        say=say,
     )  # fmt: skip
 
 

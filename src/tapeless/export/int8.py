@@ -73,7 +73,8 @@ def quantise(config: GPTConfig, weights: np.ndarray) -> Quantised:
                 kept.append(numbers.ravel().copy())
                 continue
             scale = np.abs(numbers).max(axis=1, keepdims=True).astype(np.float32) / np.float32(MOST)
-            q = np.rint(numbers / np.where(scale > 0, scale, 1)).astype(np.int8)
+            # The scale of a row of subnormal numbers has few digits: 127 of it may be less than the largest.
+            q = np.clip(np.rint(numbers / np.where(scale > 0, scale, 1)), -MOST, MOST).astype(np.int8)
             shape = ", ".join(map(str, numbers.shape))
             places[part] = _length(values), _length(scales), shape
             values.append(q.ravel())
