@@ -91,6 +91,16 @@ def test_other_links_lead_somewhere():
         assert path or anchor in anchors, target
 
 
+def test_claims_name_tests_that_there_are():
+    """On the page on reliability each claim names its test, or the file of its tests."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", text)
+    assert len([test for _, test in named if test]) > 10
+    for file, test in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not test or re.search(rf"^def {test}\(", source, re.MULTILINE), f"{file}::{test}"
+
+
 @pytest.fixture
 def package(tmp_path):
     folder = tmp_path / "package"

@@ -9,6 +9,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import tapeless as tl
 from commands import refused, succeeds
@@ -155,6 +156,22 @@ def test_every_pair_of_choices_occurs():
     chosen = [tuple(row.values()) for row in SETS[:PAIRWISE]]
     every = filter(possible, product(*CHOICES.values()))
     assert set().union(*map(pairs, chosen)) == set().union(*map(pairs, every))
+
+
+@pytest.mark.parametrize("preset", ["microgpt", "esp32gpt"])
+def test_looking_on_changes_nothing(preset, texts, tmp_path, monkeypatch):
+    """Logging, validating, sampling and saving, and the command itself."""
+    given = {"preset": preset, "steps": 40, "samples": 3, "seed": 3, "set": {"val_fraction": 0.2}}
+    plain = tl.train(texts / "lines.txt", progress=False, **given)
+    options = ("--preset", preset, "--steps", 40, "--samples", 3, "--seed", 3, "--set", "val_fraction=0.2")
+    looking = ("--eval-every", 3, "--sample-every", 4, "--log-every", 7, "--keep", 5, "--out", "run")
+    said = succeeds("train", texts / "lines.txt", *options, *looking, cwd=tmp_path).stdout
+    assert said.split() == plain.samples
+    state = load_file(tmp_path / "run/state.safetensors")
+    for name, array in plain.model.engine.state.items():
+        assert np.array_equal(state[name], array), name
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(row["loss"] == plain.losses[row["step"] - 1] for row in rows)
 
 
 # ---------------------------------------------------------------- changes

@@ -121,8 +121,10 @@ def _check(description: dict[str, Any]) -> None:
         for token, i in model["vocab"].items():
             if (first := token_of.setdefault(i, token)) != token:
                 raise DataError(f"it gives {first!r} and {token!r} the same id, {i}.")
+        if not token_of:
+            raise DataError("it has no tokens.")
         # Ids without a token are what padded vocabularies have; but memory goes by the largest.
-        if (largest := max(token_of, default=0)) > 2 * len(token_of) + 1024:
+        if (largest := max(token_of)) > 2 * len(token_of) + 1024:
             raise DataError(f"it has {len(token_of):,} tokens, and gives one the id {largest:,}.")
         for merge in model["merges"]:
             left, right = merge.split(" ") if isinstance(merge, str) else merge
