@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 
 import tapeless as tl
 from commands import tapeless
-from tapeless.errors import LONGEST, RunError
+from tapeless.data.tokenizers import read_tokenizer, tokenizer_from_dict
+from tapeless.errors import LONGEST, ConfigError, DataError, RunError
+from tapeless.io import runs, safetensors
+from tapeless.settings import read_toml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "fuzz"))
@@ -119,6 +122,7 @@ LIES = {
     "width": {"n_embd": 2**30, "n_head": 1},
     "block": {"block_size": 2**31 - 1},
     "all": {"vocab_size": 2**31 - 1, "n_layer": 2**20, "n_embd": 2**20, "block_size": 2**20},
+    "what a config may say": {"vocab_size": 2**24, "n_embd": 2**10, "n_layer": 2**10},
 }
 
 
@@ -133,7 +137,7 @@ def run(tmp_path_factory):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
 @pytest.mark.parametrize("lie", LIES)
 @pytest.mark.parametrize(
-    "command", [("sample", "run"), ("eval", "run", "names"), ("convert", "run", "out", "--to", "tapeless")]
+    "command", [("sample", "run"), ("eval", "run", "names"), ("convert", "run", "out", "--to", "run")]
 )
 def test_a_config_that_lies_takes_no_memory(lie, command, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
@@ -159,12 +163,133 @@ def test_headers_that_lie_take_no_memory(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
+def test_resuming_takes_no_memory_on_a_configs_word(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    about = json.loads((copy / "config.json").read_text())
+    about["model"] |= {"n_layer": 20_000, "n_embd": 32, "n_hidden": 128}
+    (copy / "config.json").write_text(json.dumps(about))
+    arguments = ("train", "--resume", "--out", "run", "--steps", 9)
+    done = tapeless(*arguments, cwd=tmp_path, preexec_fn=limited(3000), timeout=30)
+    assert done.returncode == 2, done.stderr
+    assert "state.safetensors has" in done.stderr
+
+
 def test_the_length_of_a_safetensors_header_is_not_believed(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     for length in (2**63, 2**40, 10**9):
         (copy / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
         with pytest.raises(RunError, match="damaged or truncated"):
             tl.load(copy, "reference")
+
+
+# ---------------------------------------------------------------- what bytes changed at random do not find
+
+
+def resumed(run, place, **numbers):
+    """Resume a copy of the run with other numbers in its state."""
+    copy = shutil.copytree(run, place)
+    state = {name: np.array(t.map()) for name, t in safetensors.open_file(copy / "state.safetensors").items()}
+    for name, value in numbers.items():
+        state[name.replace("rng_", "rng.")][...] = value
+    runs.write_content(copy / "state.safetensors", runs.content_of_tensors(state))
+    return tl.train(out=copy, resume=True, steps=4, samples=0, progress=False)
+
+
+@pytest.mark.parametrize("best", [np.nan, np.inf, -np.inf])
+def test_a_best_score_that_is_none(best, run, tmp_path):
+    with pytest.raises(RunError, match="best score or random state is none"):
+        resumed(run, tmp_path / "run", best=best)
+
+
+@pytest.mark.parametrize(("preset", "words"), [("esp32gpt", 0), ("transformerlm", 2**32 - 1)])
+def test_a_random_state_that_is_none(preset, words, tmp_path):
+    tl.train(preset=preset, engine="reference", steps=2, samples=0, out=tmp_path / "run", progress=False)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(RunError, match="random state is none"):
+        resumed(tmp_path / "run", tmp_path / "copy", rng_words=words)
+
+
+@pytest.mark.parametrize("setting", ["steps", "lr", "order", "bias", "seed"])
+def test_numbers_of_any_length_in_toml(setting, tmp_path):
+    (tmp_path / "my.toml").write_text(f"{setting} = 0x{'f' * 6000}")
+    with pytest.raises(ConfigError, match="64 bits"):
+        read_toml(tmp_path / "my.toml")
+
+
+def test_keys_within_keys_in_toml(tmp_path):
+    (tmp_path / "my.toml").write_text(".".join("a" * 20_000) + " = 1")
+    with pytest.raises(ConfigError, match="too long for settings"):
+        read_toml(tmp_path / "my.toml")
+
+
+def test_layers_of_any_number(tmp_path):
+    model = shutil.copytree(targets.GOLDEN / "huggingface", tmp_path / "hf")
+    content = (model / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[f"h.{'9' * 5000}.x"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    rest = content[8 + length :]
+    (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    with pytest.raises(RunError, match=r"'h\.9999"):
+        tl.load(model, "reference")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "b"}},
+        {"normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 4}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}},
+        {"model": {"continuing_subword_prefix": "##########"}},
+    ],
+)  # fmt: skip
+def test_tokenizers_that_make_their_library_panic(change, tmp_path):
+    about = json.loads(targets.TARGETS["tokenizer"].seeds(tmp_path)[0])
+    change = change | ({"model": about["model"] | change["model"]} if "model" in change else {})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about | change))
+    with pytest.raises(DataError, match="tokenizer"):
+        read_tokenizer(tmp_path / "tokenizer.json").encode("a" * 50 + "!")
+
+
+def test_a_token_longer_than_llmcs_file_can_hold():
+    tokens = [*map(chr, range(256)), "aa", "a" * 10_000]
+    with pytest.raises(DataError, match="not a tokenizer"):
+        tokenizer_from_dict({"type": "table", "tokens": tokens, "bos": None})
+
+
+def test_names_in_a_config_do_not_write_to_the_terminal(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    about = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(about | {"preset": "\x1b]0;title\x07"}))
+    arguments = ("train", "--resume", "--out", "run", "--steps", 3, "--samples", 0)
+    done = tapeless(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a FIFO")
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints/model.safetensors", "checkpoints/config.json"]
+)
+def test_pipes_in_a_run_are_not_waited_for(name, tmp_path):
+    tl.train(engine="reference", steps=2, samples=0, out=tmp_path / "run", progress=False)
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    path = newest / Path(name).name if "/" in name else tmp_path / "run" / name
+    path.unlink()
+    os.mkfifo(path)
+    if "/" in name:  # the one before is taken
+        assert tapeless("sample", "run", "-n", 1, cwd=tmp_path, timeout=60).returncode == 0
+    else:
+        arguments = ("train", "--resume", "--out", "run", "--steps", 3, "--samples", 0)
+        done = tapeless(*arguments, cwd=tmp_path, timeout=60)
+        assert done.returncode == 2, done.stderr
+        assert "no regular file" in done.stderr
 
 
 # ---------------------------------------------------------------- code

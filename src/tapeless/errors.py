@@ -15,9 +15,13 @@ class TapelessError(Exception):
     """
 
     def __init__(self, message: object):
-        text = " ".join(str(message).split())
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        text = printable(" ".join(str(message).split()))
         super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST]}…")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters written out, so that it cannot write to a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ConfigError(TapelessError):

@@ -17,7 +17,7 @@ from tapeless.data.documents import Corpus
 from tapeless.data.orders import Order
 from tapeless.data.sources import Data
 from tapeless.engine import Steps, uses
-from tapeless.errors import DataError, RunError
+from tapeless.errors import DataError, RunError, printable
 from tapeless.evaluate import score
 from tapeless.generate import generate
 from tapeless.guard import Guard
@@ -343,11 +343,11 @@ class Job:
         state = self._state()
         runs.read_into(state, path, optional=("means",))  # which older versions did not have
         self.step = int(state["step"][0])
-        self.best = (float(state["best"][0]), int(state["best"][1]))
         try:
+            self.best = (float(state["best"][0]), int(state["best"][1]))
             self.rng.restore({"words": state["rng.words"], "spare": state["rng.spare"]})
-        except ValueError:
-            raise RunError(f"{path} is damaged: its random state is none.") from None
+        except (ValueError, OverflowError):
+            raise RunError(f"{path} is damaged: its best score or random state is none.") from None
         if self.step < 0 or not self.guard.finite():
             raise RunError(f"{path} is damaged: it holds numbers that training cannot go on from.")
         if place != self.folder:
@@ -395,4 +395,4 @@ class Job:
         if self.step:
             changed = f" Changed: {self._changed}." if self._changed else ""
             lines.append(f"Going on from step {self.step:,}.{changed}")
-        return lines
+        return [printable(line) for line in lines]  # the names are from config.json

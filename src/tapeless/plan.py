@@ -218,6 +218,8 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     config = chosen.model.replace(vocab_size=data.vocab_size)
     # What is trained on may be shorter than the model's block; positions beyond it take no activations.
     check_memory(config, plan.engine, plan.dtype, training.batch_size, plan.threads, longest)
+    if plan.saved is not None:
+        runs.check_state_size(plan.saved, config)
     val_digest = None if data.val is None else data.val.digest
     if plan.digests is not None:
         for source, now, was in (

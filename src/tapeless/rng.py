@@ -137,7 +137,9 @@ class XorShift32:
         return {"words": np.array([self._x], np.uint32), "spare": np.array([self._spare])}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        self._x = int(state["words"][0])
+        if not (x := int(state["words"][0])):
+            raise ValueError("zero would stay zero for ever")
+        self._x = x
         self._spare = float(state["spare"][0])
 
 

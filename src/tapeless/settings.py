@@ -17,6 +17,8 @@ MAX_TOKENS = 2**20  # of one text
 MAX_TEXTS = 2**20  # of one call
 MAX_TEMPERATURE = 1e6
 
+MAX_TOML = 2**14  # bytes
+
 CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "optimiser": ("sgd", "adam", "adamw"),
@@ -179,7 +181,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         if path.exists() and not (path.is_file() or path.is_dir()):  # some never end
             raise ConfigError(f"{path} is no regular file; expected TOML.")
         with open(path, "rb") as file:
-            content = tomllib.load(file)
+            text = file.read(MAX_TOML + 1)
+        if len(text) > MAX_TOML:  # its time and memory go with the square
+            raise ConfigError(f"{path} is too long for settings: expected at most {MAX_TOML:,} bytes.")
+        content = tomllib.loads(text.decode())
     except FileNotFoundError:
         raise ConfigError(f"no settings file {str(path)!r}.") from None
     except OSError as error:
@@ -187,13 +192,19 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # of TOML, and of UTF-8
         raise ConfigError(f"{path} is not TOML: {str(error).rstrip('.')}.") from None
     settings: dict[str, Any] = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, int) and value.bit_length() > 64:  # hexadecimal ones may be of any length
+            raise ConfigError(f"{name} is beyond the 64 bits of TOML's whole numbers.")
+        settings[name] = value
+
     try:
         for key, value in content.items():
             if key not in TABLES:
                 if isinstance(value, dict):
                     raise ConfigError(f"no table is called [{key}]; expected [model] or [training].")
                 _table(key)
-                settings[key] = value
+                put(key, value)
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{key} must be a table of settings: [{key}].")
@@ -202,7 +213,7 @@ def read_toml(path: Path) -> dict[str, Any]:
                     raise ConfigError(f"{name} is a setting of [{_table(name)}], not of [{key}].")
                 if name in settings:
                     raise ConfigError(f"{name} is there twice.")
-                settings[name] = setting
+                put(name, setting)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return settings

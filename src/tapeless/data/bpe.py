@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ class BPETokenizer:
         _check(description)
         lib = library()
         try:
-            self._library = lib.Tokenizer.from_str(json.dumps(description))
+            with _no_panic():
+                self._library = lib.Tokenizer.from_str(json.dumps(description))
+        except DataError:
+            raise
         except Exception as error:  # the library raises nothing more particular
             raise DataError(f"it describes no tokenizer: {error}.") from None
         self._library.no_truncation()
@@ -64,14 +68,16 @@ class BPETokenizer:
                 f"the tokenizer cannot encode {example!r}: its vocabulary has {256 - len(self._missing)} "
                 "of the 256 bytes, and no token for what it does not know."
             )
-        [encoding] = self._library.encode_batch_fast([text], add_special_tokens=False)
+        with _no_panic():
+            [encoding] = self._library.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; bytes that are no UTF-8 become U+FFFD, and ids without a token (of a
         padded vocabulary) nothing."""
         known = [t for t in tokens if 0 <= t < self.vocab_size]
-        return self._library.decode(known, skip_special_tokens=False)
+        with _no_panic():
+            return self._library.decode(known, skip_special_tokens=False)
 
     def token_bytes(self) -> list[bytes]:
         """An id that no token has stands for no bytes."""
@@ -97,6 +103,17 @@ def _alphabet() -> dict[str, bytes]:
     return {letter: bytes([byte]) for letter, byte in letters.items()}
 
 
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """A panic of the library as a `DataError`. It is no `Exception`, and has no name to import."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizers library fails with this tokenizer: {error}.") from None
+
+
 def library() -> Any:
     """The `tokenizers` library. Raises `DataError` if it is not installed."""
     try:
@@ -117,6 +134,11 @@ def _check(description: dict[str, Any]) -> None:
         around = json.dumps([description.get("pre_tokenizer"), description.get("normalizer")])
         if kind != "BPE" or '"ByteLevel"' not in around:
             raise DataError(f"it describes a {kind} tokenizer; expected byte-level BPE, as GPT-2's.")
+        types = set(_types([description.get("normalizer"), description.get("decoder")]))
+        if odd := types & {"Replace", "Precompiled"}:
+            raise DataError(f"it uses {min(odd)}, which no byte-level BPE needs.")
+        if model.get("continuing_subword_prefix"):
+            raise DataError("it has a continuing_subword_prefix, which no byte-level BPE needs.")
         token_of: dict[int, str] = {}
         for token, i in model["vocab"].items():
             if (first := token_of.setdefault(i, token)) != token:
@@ -130,8 +152,17 @@ def _check(description: dict[str, Any]) -> None:
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             if not {left, right, left + right} <= model["vocab"].keys():
                 raise DataError(f"it merges {left!r} and {right!r}, which its vocabulary does not have.")
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise DataError("it describes no tokenizer: it has no vocabulary and merges.") from None
+
+
+def _types(part: Any) -> Iterator[str]:
+    """The types of what a tokenizer is made of. Replacements within replacements make gigabytes of a
+    letter, where the library ends the process."""
+    if isinstance(part, dict) and isinstance(part.get("type"), str):
+        yield part["type"]
+    for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        yield from _types(each)
 
 
 def from_bytes(tokens: Sequence[bytes], merges: Iterable[tuple[bytes, bytes]]) -> BPETokenizer:

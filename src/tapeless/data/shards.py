@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tapeless.errors import DataError
+from tapeless.regular import open_regular
 
 HEADER = 1024  # bytes
 SAMPLE = 2**16  # tokens looked at to know a file without a header
@@ -78,7 +79,7 @@ class Shard(NamedTuple):
 def magic_number(path: Path) -> int | None:
     """The int32 that a file begins with; None if it has no 4 bytes, or cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(4)
     except OSError:
         return None

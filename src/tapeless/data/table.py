@@ -16,6 +16,7 @@ from tapeless.errors import DataError
 
 MAGIC = 20240328
 HEADER = 1024  # bytes: 256 uint32, of which magic, version, vocabulary and, in version 2, the end are used
+LONGEST = 255  # bytes of a token, whose number of them is one byte
 GPT2_TOKENS, GPT2_END = 50257, 50256  # version 1 does not name the end
 
 
@@ -80,6 +81,8 @@ class TableTokenizer:
         """Raises KeyError, TypeError or UnicodeError if `to_dict` did not make it."""
         bos = data["bos"]
         if not (isinstance(bos, int | None) and all(isinstance(t, str) for t in data["tokens"])):
+            raise TypeError
+        if any(len(t) > LONGEST for t in data["tokens"]):
             raise TypeError
         return cls(tuple(t.encode("latin-1") for t in data["tokens"]), bos)
 

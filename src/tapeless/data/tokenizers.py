@@ -141,7 +141,7 @@ class Numbers:
 
     def encode(self, text: str) -> list[int]:
         words = text.split()
-        if not all(word.isdecimal() and int(word) < self.vocab_size for word in words):
+        if not all(word.isdecimal() and len(word) < 20 and int(word) < self.vocab_size for word in words):
             raise DataError(
                 f"without a tokenizer, the prompt must be tokens from 0 to {self.vocab_size - 1}, "
                 f"such as '1 2 3', not {text!r:.60}; or {REMEDY}."

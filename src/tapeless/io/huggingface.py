@@ -56,7 +56,7 @@ SIZES = {  # GPTConfig's names, and Hugging Face's with their defaults
     "n_hidden": ("n_inner", None),
     "norm_eps": ("layer_norm_epsilon", 1e-5),
 }
-LAYERED = re.compile(r"h\.(\d+)\.")
+LAYERED = re.compile(r"h\.(\d{1,9})\.")
 ENDS = ("bos_token_id", "eos_token_id")
 IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")  # masks; the tied head
 

@@ -43,7 +43,8 @@ from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.errors import ConfigError, DataError, RunError
 from tapeless.io import safetensors
 from tapeless.io.tensors import Checkpoint, Stored, file_size
-from tapeless.layout import parameters
+from tapeless.layout import n_params, parameters
+from tapeless.regular import open_regular
 
 METADATA = {"format": "tapeless"}  # of safetensors files
 FLOAT = np.dtype(np.float32)
@@ -361,6 +362,14 @@ def open_model(folder: Path, place: Path) -> Checkpoint:
     )
 
 
+def check_state_size(place: Path, config: GPTConfig) -> None:
+    """Raise `RunError` if the state in `place` is smaller than the model of config.json alone, before
+    memory is taken for that."""
+    path, least = place / STATE, FLOAT.itemsize * n_params(config)
+    if path.is_file() and (size := path.stat().st_size) < least:
+        raise RunError(f"{path} has {size:,} bytes, but the model of {CONFIG} alone has {least:,}.")
+
+
 def read_into(views: Mapping[str, np.ndarray], path: Path, optional: Sequence[str] = ()) -> None:
     """Copy the tensors of a file into `views`, by name; of the `optional` ones those that it has. Raises
     `RunError`, before anything is copied, where `open_tensors` does."""
@@ -377,7 +386,7 @@ def cut_log(path: Path, steps: int, size: int = sys.maxsize) -> None:
     `size`, what the file had when it was saved, anything may lie if the machine broke down.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             left = sum(map(len, _kept(path, file, steps, size)))
             if left == os.fstat(file.fileno()).st_size:
                 return

@@ -39,6 +39,7 @@ from tapeless.io.runs import (
     saved,
 )
 from tapeless.io.tensors import Checkpoint
+from tapeless.regular import open_regular
 
 MANIFEST = "manifest.json"
 KEEP, MAX_KEEP = 2, 2**31 - 1  # the newest, and one to fall back to
@@ -184,7 +185,7 @@ def damage(place: Path, names: Any) -> str:
 
 def _difference(path: Path, expected: Mapping[str, Any]) -> str:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) != expected["bytes"]:
                 return f"it has {size:,} bytes, and was saved with {expected['bytes']:,}"
             same = hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]

@@ -25,6 +25,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from tapeless.layout import Tensor
+from tapeless.regular import open_regular
 from tapeless.team import run_together
 
 # The C library's way of giving the processor to another thread.
@@ -376,7 +377,8 @@ def _cached(key: str, make: Callable[[], bytes]) -> bytes:
 def _read(path: Path) -> bytes | None:
     """The object code in a cache file, or None if it is not there or not whole."""
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read()
     except OSError:
         return None
     checksum, code = content[:32], content[32:]
