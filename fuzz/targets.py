@@ -86,21 +86,21 @@ def golden(*names: str) -> Callable[[Path], list[bytes]]:
 # ---------------------------------------------------------------- runs
 
 
-def _run(folder: Path) -> Path:
+def _run(folder: Path, preset: str = "microgpt") -> Path:
     """A complete run, made once."""
-    run = folder / "run"
+    run = folder / f"run-{preset}"
     if not run.exists():
         (folder / "text").write_text("ab\nba\naab\n")
         train(
-            folder / "text", engine="reference", dtype="float32", steps=3, samples=0, out=run, progress=False,
-            set={"n_embd": 4, "n_head": 1, "block_size": 4},
+            folder / "text", preset, engine="reference", dtype="float32", steps=3, samples=0, out=run,
+            set={"n_embd": 4, "n_head": 1, "block_size": 4}, progress=False,
         )  # fmt: skip
         shutil.rmtree(run / "checkpoints")  # what lies at the top is read where there is none
     return run
 
 
-def _of_run(name: str) -> Callable[[Path], list[bytes]]:
-    return lambda folder: [(_run(folder) / name).read_bytes()]
+def _of_run(name: str, *presets: str) -> Callable[[Path], list[bytes]]:
+    return lambda folder: [(_run(folder, preset) / name).read_bytes() for preset in presets or ("microgpt",)]
 
 
 def _read_model(source: Path) -> None:
@@ -111,9 +111,11 @@ def _read_model(source: Path) -> None:
             pass
 
 
-def _changed(folder: Path, name: str, data: bytes, read: Callable[[Path], object]) -> None:
+def _changed(
+    folder: Path, name: str, data: bytes, read: Callable[[Path], object], preset: str = "microgpt"
+) -> None:
     """Read the run with another file of this name; then it has its own again."""
-    path = _run(folder) / name
+    path = _run(folder, preset) / name
     before = path.read_bytes()
     try:
         path.write_bytes(data)
@@ -141,9 +143,19 @@ def run_model(data: bytes, folder: Path) -> None:
     _changed(folder, "model.safetensors", data, _read_model)
 
 
-@target(_of_run("state.safetensors"), "safetensors")
+GENERATORS = ("microgpt", "esp32gpt", "transformerlm")  # a preset of each kind of random numbers
+
+
+@target(_of_run("state.safetensors", *GENERATORS), "safetensors")
 def run_state(data: bytes, folder: Path) -> None:
-    _changed(folder, "state.safetensors", data, lambda run: _job(run).restore(run))
+    # Which one follows from the length, so that changed numbers alone stay with their generator.
+    preset = next((p for p in GENERATORS if len(data) == _state_size(folder, p)), GENERATORS[len(data) % 3])
+    _changed(folder, "state.safetensors", data, lambda run: _job(run).restore(run), preset)
+
+
+@cache
+def _state_size(folder: Path, preset: str) -> int:
+    return (_run(folder, preset) / "state.safetensors").stat().st_size
 
 
 @cache
@@ -253,8 +265,18 @@ def _bpe(folder: Path) -> list[bytes]:
         "decoder": level,
         "model": model,
     }
+    split = {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated", "invert": False}
+    parts = {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "a"}],
+        },
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": level,
+    }
     char = {"type": "char", "chars": "ab ", "bos": 3, "fold": False}
-    return [json.dumps(about).encode(), json.dumps(char).encode()]
+    table = {"type": "table", "tokens": [*map(chr, range(256)), "ab"], "bos": None}
+    return [json.dumps(each).encode() for each in (about, about | parts, char, table)]
 
 
 @target(_bpe, "json")
@@ -278,7 +300,10 @@ def vocab_and_merges(data: bytes, folder: Path) -> None:
 
 
 @target(
-    lambda folder: [b"seed = 1\nn_embd = 32\n[training]\nlr = 0.1\norder = 'draw'\n[model]\nnorm = 'rms'\n"]
+    lambda folder: [
+        b"seed = 1\nn_embd = 32\n[training]\nlr = 0.1\norder = 'draw'\n[model]\nnorm = 'rms'\n",
+        b"steps = 0xff\na.b.c = 1\n",
+    ]
 )
 def toml(data: bytes, folder: Path) -> None:
     (folder / "set.toml").write_bytes(data)
