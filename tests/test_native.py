@@ -1,6 +1,7 @@
 """Compiled programs: kept on disk, loaded without Numba, rebuilt when damaged, right on lesser processors."""
 
 import dataclasses
+import os
 import platform
 from pathlib import Path
 
@@ -84,6 +85,27 @@ def test_a_damaged_file_is_rebuilt_silently(first, cache, monkeypatch, capfd, da
     assert cache.read_bytes() == whole
     assert evaluate() == (first[1][1], False)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="looks at owners and modes")
+@pytest.mark.parametrize("whose", ["everybody's file", "everybody's folder", "another user's"])
+def test_code_that_others_may_have_written_is_not_run(whose, first, cache, monkeypatch):
+    """Though its checksum is right: who can write the code can write that."""
+    whole = cache.read_bytes()
+    if whose == "another user's":
+        if os.getuid() != 0:
+            pytest.skip("only root can give files away")
+        os.chown(cache, 12345, -1)
+    else:
+        place = cache if whose == "everybody's file" else cache.parent
+        place.chmod(place.stat().st_mode | 0o002)
+    assert native._read(cache) is None
+    monkeypatch.setattr(native, "compile_object", lambda groups, function: whole[32:])
+    assert evaluate() == (first[1][1], True)
+    if whose != "everybody's folder":  # which stays so
+        assert evaluate() == (first[1][1], False)
+    cache.parent.chmod(0o1777)  # as /tmp
+    assert native._read(cache) == whole[32:]
 
 
 def test_a_damaged_file_is_rebuilt_by_the_compiler(child, first, cache):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -375,14 +376,26 @@ def _cached(key: str, make: Callable[[], bytes]) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """The object code in a cache file, or None if it is not there or not whole."""
+    """The object code in a cache file, or None if it is not there or not whole, or if another user may have
+    written it: it is run."""
     try:
         with open_regular(path) as file:
+            if not _trusted(os.fstat(file.fileno())) or not _trusted(path.parent.stat()):
+                return None
             content = file.read()
     except OSError:
         return None
     checksum, code = content[:32], content[32:]
     return code if hashlib.sha256(code).digest() == checksum else None
+
+
+def _trusted(about: os.stat_result) -> bool:
+    """Whether a file or folder is this user's or the system's, and not everybody may write there; in a folder
+    as /tmp is, with the sticky bit, others cannot replace a file."""
+    if os.name != "posix":
+        return True
+    shared = about.st_mode & stat.S_IWOTH and not about.st_mode & stat.S_ISVTX
+    return about.st_uid in (os.getuid(), 0) and not shared
 
 
 def _write(path: Path, code: bytes) -> None:
