@@ -207,6 +207,7 @@ def test_splat():
 FILES = [str(Path(__file__).parent / f"test_{what}.py") for what in ("simd", "attention", "product")]
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("lanes", "name", "features"),
     [
