@@ -39,6 +39,9 @@ def generate(
     `top_k` > 0 keeps only the k likeliest, `top_p` < 1 the likeliest that together reach p.
     `max_tokens` None fills the block. One uniform number of `rng` is used for each token.
 
+    Texts are generated some at a time, and only meanwhile is the model's lock held: other threads can use
+    the model while the caller reads the texts.
+
     Raises `ConfigError` for settings out of range, `DataError` for a prompt that cannot be encoded.
     """
     n = whole("n", n, 1, MAX_TEXTS)

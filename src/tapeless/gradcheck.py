@@ -84,13 +84,14 @@ def gradcheck(
     The batch is as for `GPT.loss_and_grad`, and so are the errors raised.
     """
     reference = GPT(model.config, None, "reference")
-    for name, values in reference.params.items():
-        values[...] = model.params[name]
-    loss = reference.loss_and_grad(tokens, targets, starts)
     engine_loss, engine_grads = None, None
-    if model.engine.name != "reference":
-        engine_loss = model.loss_and_grad(tokens, targets, starts)
-        engine_grads = model.grads
+    with model.lock:
+        for name, values in reference.params.items():
+            values[...] = model.params[name]
+        if model.engine.name != "reference":
+            engine_loss = model.loss_and_grad(tokens, targets, starts)
+            engine_grads = {name: values.copy() for name, values in model.grads.items()}
+    loss = reference.loss_and_grad(tokens, targets, starts)
 
     rng = np.random.default_rng(seed)
     whole = float(np.linalg.norm(reference.engine.grads))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +31,10 @@ class GPT:
     to leave all weights zero. `threads` share the documents of a batch; None is as many as there
     are processors, or one for small batches. `tokenizer` lets `generate` speak text.
 
+    Threads may share a model: its methods wait for each other (see `lock`). `copy.copy`,
+    `copy.deepcopy` and pickling give an independent model with the same parameters, gradients and
+    optimiser state.
+
     Raises `ConfigError` for an unknown engine or dtype, a seed or number of threads that is none, a
     config without `vocab_size`, or one that does not fit in memory.
     """
@@ -53,6 +58,22 @@ class GPT:
         self.engine = Engine(config, engine, dtype, threads)
         if rng is not None:
             initialise(self.engine.p, config, rng)
+
+    def __copy__(self) -> GPT:
+        return deepcopy(self)
+
+    @property
+    def lock(self) -> Any:
+        """The re-entrant lock (`threading.RLock`) that every method holds while it computes. Hold it
+        yourself around calls that belong together:
+
+            with model.lock:
+                loss = model.loss_and_grad(tokens, targets)
+                norm = np.linalg.norm(model.grads["wte"])
+
+        Without it, another thread's `loss_and_grad` may replace the gradients in between.
+        """
+        return self.engine.lock
 
     @property
     def params(self) -> Mapping[str, np.ndarray]:
@@ -78,20 +99,23 @@ class GPT:
 
         Raises `DataError` for shapes or token ids that do not fit, or a document longer than the block.
         """
-        self._fill(tokens, targets, starts, weights)
-        return self.engine.gradient()
+        with self.lock:
+            self._fill(tokens, targets, starts, weights)
+            return self.engine.gradient()
 
     def loss(self, tokens: Any, targets: Any, starts: Any = None, weights: Any = None) -> float:
         """The loss alone; arguments as for `loss_and_grad`."""
-        self._fill(tokens, targets, starts, weights)
-        return self.engine.evaluate()
+        with self.lock:
+            self._fill(tokens, targets, starts, weights)
+            return self.engine.evaluate()
 
     def logits(self, tokens: Any, starts: Any = None) -> np.ndarray:
         """Logits [N, V] of the next token after each of `tokens` [N]; `starts` and what is raised as
         for `loss_and_grad`."""
-        self._fill(tokens, tokens, starts, None)  # any targets do: the loss is not used
-        self.engine.evaluate()
-        return self.engine.logits()
+        with self.lock:
+            self._fill(tokens, tokens, starts, None)  # any targets do: the loss is not used
+            self.engine.evaluate()
+            return self.engine.logits()
 
     def generate(
         self,
@@ -117,7 +141,8 @@ class GPT:
 
         Raises `RunError` if that cannot be written.
         """
-        runs.save_model(Path(path), self.config, self.tokenizer, dict(self.params))
+        with self.lock:
+            runs.save_model(Path(path), self.config, self.tokenizer, dict(self.params))
 
     def _fill(self, tokens: Any, targets: Any, starts: Any, weights: Any) -> int:
         tokens, targets = self._ids("tokens", tokens), self._ids("targets", targets)

@@ -77,9 +77,9 @@ def parts(size: int, threads: int) -> list[tuple[int, int]]:
 def run_together(tasks: Sequence[Callable[[], object]]) -> None:
     """Run all tasks at the same time, each on a thread of its own, and wait for them all.
 
-    Either all begin or, if the system refuses a thread, none. They wait for each other, so nothing
-    may come between: workers, who get no signals, start each other, and the caller puts off a
-    Ctrl-C until they are done. Raises what a task raised.
+    Either all begin or, if the system refuses a thread, none. They wait for each other, and use the
+    caller's buffers, so nothing may come between: workers, who get no signals, start each other, and the
+    caller puts off what a signal raises (Ctrl-C, a timeout) until they are done. Raises what a task raised.
     """
     workers = _take_workers(len(tasks))
     done = _Done()
@@ -92,14 +92,14 @@ def run_together(tasks: Sequence[Callable[[], object]]) -> None:
     failure: BaseException | None = None
     try:
         workers[0].tasks.put((begin, done))
-    except KeyboardInterrupt as caught:  # which comes after a call, not in place of it: they have begun
+    except BaseException as caught:  # a signal's comes after a call, not in place of it: they have begun
         failure = caught
     while True:
         try:
             while len(done.finished) < len(tasks):
                 done.news.get()
             break
-        except KeyboardInterrupt as caught:
+        except BaseException as caught:
             failure = caught
     _idle.extend(workers)
     failure = failure or done.failure
