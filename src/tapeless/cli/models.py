@@ -120,7 +120,8 @@ def _cpu_budget(preset: str, config: Any, batch: dict[str, int], threads: int | 
     from rich.table import Table
 
     from tapeless.layout import n_params
-    from tapeless.memory import free_memory, training_memory
+    from tapeless.machine import free_memory
+    from tapeless.memory import training_memory
     from tapeless.presets import get_preset
 
     documents = get_preset(preset).with_settings(batch).training.batch_size

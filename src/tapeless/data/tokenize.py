@@ -20,7 +20,7 @@ from tapeless.data.texts import BLOCK, Texts
 from tapeless.data.tokenizers import CharTokenizer, Tokenizer, find_tokenizer, read_tokenizer
 from tapeless.data.workers import documents, encoded, trained
 from tapeless.errors import DataError
-from tapeless.team import processors
+from tapeless.machine import processors
 
 TOKENIZER = "tokenizer.json"
 MAX_VOCAB = 2**20
