@@ -49,7 +49,7 @@ def convert(
     refuse(target, suffix not in FILES, overwrite)
 
     model = open_model(source)
-    say(f"{model.path}: {model.format}, {n_params(model.config):,} parameters")
+    say(f"{model.path}: {model.format}, {', '.join(model.dtypes)}, {n_params(model.config):,} parameters")
     format, numbers = FILES.get(suffix) or FOLDERS[to or "hf"], llmc.DTYPES[dtype][1]
     if suffix != ".bin":
         model = with_tokenizer(model)
@@ -57,6 +57,8 @@ def convert(
             model = dataclasses.replace(model, tokenizer=model.tokenizer.bpe)
     elif find_tokenizer(model.folder) and model.folder.resolve() != target.parent.resolve():
         say(f"An llm.c file holds no tokenizer: that in {model.folder} stays there.")
+    if "float64" in model.dtypes:
+        say(f"Its numbers of float64 are rounded to {numbers.name}.")
     if to == "run":
         _write_folder(target, lambda folder: runs.write_model(folder, model))
     else:

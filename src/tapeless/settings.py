@@ -184,7 +184,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             text = file.read(MAX_TOML + 1)
         if len(text) > MAX_TOML:  # its time and memory go with the square
             raise ConfigError(f"{path} is too long for settings: expected at most {MAX_TOML:,} bytes.")
-        content = tomllib.loads(text.decode())
+        content = tomllib.loads(text.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"no settings file {str(path)!r}.") from None
     except OSError as error:

@@ -52,7 +52,7 @@ def write_model(path: Path, model: Checkpoint, dtype: np.dtype) -> Vocabulary | 
     def write(aside: Path) -> None:
         writer = gguf.GGUFWriter(aside, "gpt2")
         _describe(writer, config, vocabulary, dtype)
-        for names in gpt2.TENSORS:
+        for names in gpt2.tensors(config):
             shape = shapes[names.ours][1 if names.layered else 0 :]
             shape = shape[::-1] if names.turned else shape
             size = prod(shape) * number(names).itemsize
@@ -67,10 +67,10 @@ def write_model(path: Path, model: Checkpoint, dtype: np.dtype) -> Vocabulary | 
         # The package takes a tensor as one array only, so these numbers follow without it.
         with open(aside, "ab") as file:
             _pad(file)
-            for names in gpt2.TENSORS:
-                for block in model.blocks(names.ours):
+            for names in gpt2.tensors(config):
+                for block in model.blocks(names.ours, number(names), transposed=names.turned):
                     for part in block if names.layered else [block]:
-                        write_array(file, part.T if names.turned else part, number(names))
+                        write_array(file, part)
                         if names.layered:
                             _pad(file)
                 _pad(file)

@@ -30,6 +30,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import prod
@@ -42,12 +43,11 @@ from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.errors import ConfigError, DataError, RunError
 from tapeless.io import safetensors
-from tapeless.io.tensors import Checkpoint, Stored, file_size
+from tapeless.io.tensors import FLOAT, Checkpoint, Stored, check_fit
 from tapeless.layout import n_params, parameters
-from tapeless.regular import open_regular
+from tapeless.regular import open_regular, read_text
 
 METADATA = {"format": "tapeless"}  # of safetensors files
-FLOAT = np.dtype(np.float32)
 CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES, SAMPLES_LOG = FILES = (
     "config.json",
     "tokenizer.json",
@@ -168,7 +168,7 @@ def save_model(
 def write_model(folder: Path, model: Checkpoint) -> None:
     """The same for a model in files, with numbers of float32."""
     entries = [(name, FLOAT, shape) for name, shape in _shapes(model.config).items()]
-    blocks = (block.astype(FLOAT) for name, *_ in entries for block in model.blocks(name))
+    blocks = (block for name, *_ in entries for block in model.blocks(name, FLOAT))
     tensors: Content = lambda file: safetensors.write(file, entries, blocks, METADATA)  # noqa: E731
     _write_model(folder, model.config, model.tokenizer, tensors)
 
@@ -281,12 +281,28 @@ def remove_checkpoints(folder: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
+class _Repeated(ValueError):
+    pass
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise _Repeated(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return content
+
+
 def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, which may begin with a byte-order mark.
+
+    Raises `RunError` if it is missing or not JSON, or an object has a key twice.
+    """
     try:
-        file_size(path)  # refuses a pipe
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path), object_pairs_hook=_unrepeated)
     except FileNotFoundError:
         raise RunError(f"{path.parent} has no {path.name}: it is not a run folder, or incomplete.") from None
+    except _Repeated as error:
+        raise RunError(f"{path} has {error.args[0]!r} twice: remove the wrong one.") from None
     except (ValueError, RecursionError):
         raise RunError(f"{path} is damaged: it is not JSON.") from None
     except OSError as error:
@@ -355,11 +371,8 @@ def open_model(folder: Path, place: Path) -> Checkpoint:
     config, _ = read_config(place)
     expected = {name: (shape, FLOAT) for name, shape in _shapes(config).items()}
     tensors = open_tensors(place / MODEL, expected)
-    number = tensors["wte"].dtype
     parts = {name: [tensors[name]] for name in expected}
-    return Checkpoint(
-        folder, f"a run of tapeless, {number}", config, parts, folder, read_tokenizer(place, config.vocab)
-    )
+    return Checkpoint(folder, "a run of tapeless", config, parts, folder, read_tokenizer(place, config.vocab))
 
 
 def check_state_size(place: Path, config: GPTConfig) -> None:
@@ -376,7 +389,11 @@ def read_into(views: Mapping[str, np.ndarray], path: Path, optional: Sequence[st
     expected = {name: (view.shape, view.dtype) for name, view in views.items()}
     tensors = open_tensors(path, expected, optional)
     for name, tensor in tensors.items():
-        views[name][...] = tensor.map()
+        stored, view = tensor.map(), views[name]
+        with np.errstate(over="ignore"):
+            view[...] = stored
+        if stored.dtype != view.dtype:
+            check_fit(stored, view, path, name)
 
 
 def cut_log(path: Path, steps: int, size: int = sys.maxsize) -> None:
