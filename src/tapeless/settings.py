@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tapeless.config import GPTConfig, number, whole
+from tapeless.data.headerless import AUTO, TOKEN_DTYPES
 from tapeless.errors import ConfigError, did_you_mean
 
 # Beyond these, something was mistyped: it would take days, or memory that nobody has.
@@ -24,6 +25,7 @@ CHOICES = {
     "optimiser": ("sgd", "adam", "adamw"),
     "order": ("shuffle", "draw", "windows", "sequence", "llmc"),
     "bad_steps": ("stop", "skip"),
+    "token_dtype": (AUTO, *TOKEN_DTYPES),
 }
 DOCUMENTS = ("shuffle", "draw")  # the orders of documents; the others are of windows
 
@@ -54,6 +56,7 @@ class Training:
     # Documents: "shuffle" once, then round and round | "draw" at random each time. A long text: "windows"
     # of it at random places | "sequence": one after the other, over and over | "llmc": in llm.c's order.
     order: str = "shuffle"
+    token_dtype: str = AUTO  # integers of token files without a header: "uint16" | "uint32" | "int32" | "int64"
     val_fraction: float = 0.0  # of the data, held out: the end of a text, or documents here and there
     eval_every: int = 0  # steps between evaluations on what is held out; 0 is once, at the end
     eval_batches: int = 0  # of batch_size, from the first, in an evaluation; 0 is all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -194,15 +195,22 @@ class _Split:
 
 
 def _existing(out: Path, name: str) -> list[Path]:
-    return [p for p in out.glob("*.bin") if (m := NAME.fullmatch(p.name)) and m["name"] == name]
+    """The shards in the folder that an earlier `tokenize` wrote for this name."""
+    ours = re.compile(re.escape(name) + r"_(train|val)(_\d+)?\.bin")
+    return [path for path in out.glob("*.bin") if ours.fullmatch(path.name)]
 
 
 def _refuse(out: Path, name: str, overwrite: bool) -> None:
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise DataError(f"{there} is a file; expected a folder for the shards.")
-    if not overwrite and (existing := _existing(out, name)):
-        raise DataError(f"{existing[0]} is already there: choose another folder, or --overwrite.")
+    existing = _existing(out, name)
+    if existing and not overwrite:
+        raise DataError(f"{existing[0]} already exists: choose another folder, or --overwrite.")
+    # Of the same data set, though tokenize never wrote it: both would be trained on.
+    for path in sorted(out.glob("*")):
+        if path not in existing and (match := NAME.fullmatch(path.name)) and match["name"] == name:
+            raise DataError(f"{path} is of the same data set {name}: move it away, or choose another folder.")
 
 
 @contextmanager
