@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ COMMAND = [sys.executable, "-m", "tapeless"]
 SMALL = ("--engine", "reference", "--steps", "20", "--samples", "2")
 
 
+def signals(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that sends signals or kills, or whose threads wait for each other. Nothing in it may depend
+    on how long something takes: `pytest -m signals` runs these alone, as often as one likes."""
+    return pytest.mark.signals(pytest.mark.skipif(os.name == "nt", reason="sends signals")(test))
+
+
 def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"COLUMNS": "80", "PYTHONUTF8": "1"} | changes
 
 
 def tapeless(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
-    options = {"env": environment(), "timeout": 120} | options
+    options = {"env": environment()} | options
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd, capture_output=True, encoding="utf-8", check=False, **options,

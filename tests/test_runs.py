@@ -9,16 +9,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import pauses
 import tapeless as tl
-from commands import SMALL, contents, environment, refused, start, succeeds
+from commands import SMALL, contents, refused, signals, succeeds
 from tapeless.errors import NumericsError, RunError
 
 training = importlib.import_module("tapeless.train")  # the module; tapeless.train is the function
@@ -223,68 +221,101 @@ def test_ctrl_c_in_the_last_chunk_changes_nothing(tmp_path):
     assert len(run.samples) == 2
 
 
-def interrupt(*arguments, cwd, folder):
-    """Start a training, press Ctrl-C when it is well under way, and return what it said."""
-    process = start("train", *arguments, cwd=cwd)
-    step = (folder / "state.safetensors").stat().st_mtime_ns if folder.exists() else None
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        path = folder / "state.safetensors"
-        if path.exists() and path.stat().st_mtime_ns != step:
-            break
-        time.sleep(0.02)
-    time.sleep(0.4)
-    process.send_signal(signal.SIGINT)
-    out, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert out == ""
+def interrupt(*arguments, cwd, number=signal.SIGINT, code=130):
+    """Start a training, send it a signal when some chunks are done, and return the last line it printed."""
+    with pauses.start("train", *arguments, at=["tapeless.job:Job.advance"], cwd=cwd) as process:
+        process.reached("Job.advance", 4)
+        process.send_signal(number)
+        found, out, told = process.end()
+    assert (found, out) == (code, ""), told
     assert "Traceback" not in told
     return told.splitlines()[-1]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@signals
 def test_ctrl_c_twice_leaves_out_a_long_validation(tmp_path):
     held = ("--set", "val_fraction=0.99", "--eval-every", "5", "--batch-size", "1")
-    process = start("train", "--engine", "reference", *held, "--out", "run", cwd=tmp_path)
-    assert "microgpt" in process.stderr.readline()
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "Stopping when this is done. Ctrl-C again leaves it out.\n"
-    process.send_signal(signal.SIGINT)
-    out, told = process.communicate(timeout=30)
-    assert (process.returncode, out) == (130, "")
-    assert told.splitlines()[-1] == "Interrupted."
+    arguments = ("train", "--engine", "reference", *held, "--out", "run")
+    with pauses.start(*arguments, at=["tapeless.model:GPT.loss"], cwd=tmp_path) as process:
+        assert "microgpt" in process.stderr.readline()
+        process.reached("GPT.loss", 3)  # of thousands of batches
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "Stopping when this is done. Ctrl-C again leaves it out.\n"
+        process.reached("GPT.loss", 2)  # the first Ctrl-C did not end the validation
+        process.send_signal(signal.SIGINT)
+        code, out, told = process.end()
+    assert (code, out) == (130, "")
+    assert told.splitlines() == ["Interrupted."]
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends signals")
-def test_generating_shows_texts_as_they_come_and_hears_ctrl_c(tmp_path):
-    config = tl.presets["microgpt"].model.replace(n_embd=256, n_layer=6, block_size=512, vocab_size=40)
-    tl.GPT(config, 0).save(tmp_path / "run")
-    process = start("sample", "run", "-n", "1000", "--max-tokens", "400", cwd=tmp_path)
-    first = process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    rest, told = process.communicate(timeout=30)
-    assert process.returncode == 130, (process.returncode, told)
-    assert len(first.split()) == 400
-    assert len(rest.splitlines()) < 100
+@signals
+def test_ctrl_c_once_lets_a_validation_finish(tmp_path):
+    held = ("--set", "val_fraction=0.01", "--eval-every", "1", "--batch-size", "16")
+    arguments = ("train", "--engine", "reference", *held, "--out", "run")
+    points = ["tapeless.model:GPT.loss", "tapeless.job:Job.judge", "tapeless.job:Job.save"]
+    with pauses.start(*arguments, at=points, cwd=tmp_path) as process:
+        while process.next().name != "Job.save":  # what comes before is the validation before the first step
+            pass
+        process.reached("GPT.loss", 2)
+        process.send_signal(signal.SIGINT)
+        while (stop := process.next()).name == "GPT.loss":
+            pass
+        assert stop.name == "Job.judge"
+        code, _, told = process.end()
+    assert code == 130
+    assert "Stopped after step 1; saved." in told
+    [row] = metrics(tmp_path / "run")
+    assert row["val_loss"] > 0
+
+
+@signals
+def test_generating_shows_texts_as_they_come_and_hears_ctrl_c(run):
+    options = ("-n", "100000", "--max-tokens", "16")
+    shown = run.parent / "texts.txt"
+    with open(shown, "w") as file:
+        point = "tapeless.engine:Engine.generate"
+        with pauses.start("sample", "run", *options, at=[point], cwd=run.parent, stdout=file) as process:
+            process.reached("Engine.generate", 2)
+            first = shown.read_text()
+            process.send_signal(signal.SIGINT)
+            code, _, told = process.end()
+    assert code == 130
     assert told.splitlines()[-1] == "Interrupted."
+    assert shown.read_text() == first
+    assert 0 < len(first.splitlines()) < 100_000
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+def test_a_large_model_generates_few_texts_at_once(monkeypatch):
+    """Ctrl-C is heard between two calls of the engine: none computes more than 10¹⁰ parameters times tokens,
+    a few seconds of work."""
+    config = tl.presets["microgpt"].model.replace(n_embd=256, n_layer=6, block_size=512, vocab_size=40)
+    model, calls = tl.GPT(config, 0, "reference"), []
+
+    def generate(context, n, max_tokens, *_, **options):
+        calls.append(n)
+        return [np.zeros(max_tokens, np.int32)] * n, n * max_tokens
+
+    monkeypatch.setattr(model.engine, "generate", generate)
+    assert len(model.generate(n=1000, max_tokens=400)) == sum(calls) == 1000
+    assert max(calls) * 400 * model.n_params <= 1e10
+    assert max(calls) * 400 * model.n_params > 5e9  # nor less than it can
+
+
+@signals
 @pytest.mark.parametrize("preset", ["microgpt", "esp32gpt"])
 def test_ctrl_c_saves_and_says_how_to_go_on(preset, tmp_path):
     arguments = ["--preset", preset, "--steps", "100000000"]
     parts, whole = tmp_path / "in parts", tmp_path / "whole"
-    said = interrupt(*arguments, "--out", "in parts", cwd=tmp_path, folder=parts)
+    said = interrupt(*arguments, "--out", "in parts", cwd=tmp_path)
     found = re.fullmatch(
         r"Stopped after step ([\d,]+); saved\. Go on with: tapeless train --resume --out 'in parts'", said
     )
     assert found, said
     first = int(found[1].replace(",", ""))
     assert len(losses(parts)) == first > 0
-    interrupt("--resume", "--out", "in parts", cwd=tmp_path, folder=parts)
-    interrupt(*arguments, "--out", "whole", cwd=tmp_path, folder=whole)
+    interrupt("--resume", "--out", "in parts", cwd=tmp_path)
+    interrupt(*arguments, "--out", "whole", cwd=tmp_path)
     a, b = losses(parts), losses(whole)
     both = min(len(a), len(b))
     assert len(a) > first
@@ -294,36 +325,29 @@ def test_ctrl_c_saves_and_says_how_to_go_on(preset, tmp_path):
 KILLED = """
 import importlib
 t = importlib.import_module("tapeless.train")
-t.SAVE_SECONDS = t.CHUNK_SECONDS = 0.0
-t.train(out="run", engine="reference", dtype="float32", steps=2000, progress=False, samples=0)
+t.SAVE_SECONDS, t.SAVE_SHARE, t.CHUNK_SECONDS = 0.0, 1e9, 0.0  # each step is saved
+t.train(out="run", engine="reference", dtype="float32", steps=60, progress=False, samples=0)
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@signals
 def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path):
-    whole = tl.train(
-        engine="reference", dtype="float32", steps=2000, samples=0, progress=False, set={"steps": 2000}
-    ).losses
+    """Killed as it begins a step, and between the changes of files that make a save."""
+    whole = tl.train(engine="reference", dtype="float32", steps=60, samples=0, progress=False).losses
     folder = tmp_path / "run"
-    script = KILLED
-    for wait in (0.0, 0.11, 0.23, 0.31):
-        process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment())
-        before = (folder / "state.safetensors").stat().st_mtime_ns if folder.exists() else None
-        for _ in range(3000):
-            path = folder / "state.safetensors"  # of the four the last
-            if path.exists() and path.stat().st_mtime_ns != before:
-                break
-            time.sleep(0.01)
-        time.sleep(wait)
-        process.kill()
-        process.wait()
+    code = KILLED
+    for point, times in (("tapeless.job:Job.advance", 3), ("os:replace", 12), ("os:link", 9), ("os:fsync", 20)):
+        with pauses.start(at=[point], cwd=tmp_path, code=code) as process:
+            process.reached(point.split(":")[1], times)
+            process.kill()
         visible = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
         assert visible == FILES - {"samples.txt"}
         assert tl.load(folder, "reference").n_params == 4192
-        script = KILLED.replace("samples=0", "samples=0, resume=True")
+        code = KILLED.replace("samples=0", "samples=0, resume=True")
     last = tl.train(out=folder, resume=True, samples=0, progress=False)
+    assert 0 < len(last.losses) < 60
     assert np.array_equal(losses(folder), whole)
-    assert last.steps == 2000
+    assert last.steps == 60
     assert {p.name for p in folder.iterdir()} == FILES - {"samples.txt"}
 
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import importlib
+import io
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
 import warnings
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import pauses
 import tapeless as tl
-from commands import SMALL, contents, environment, refused, start, succeeds
+from commands import SMALL, contents, refused, signals, succeeds
 from tapeless.errors import Notice, RunError
 from tapeless.io import folders, lock
-from test_runs import killed_at_last, losses
+from test_runs import interrupt, killed_at_last, losses
 from test_training import StopAt, lasting
 
 training = importlib.import_module("tapeless.train")
@@ -31,7 +33,6 @@ QUIET = {"engine": "reference", "progress": False}
 HELD = {"n_embd": 8, "val_fraction": 0.01, "eval_every": 20, "eval_batches": 1, "sample_every": 2}
 CHANGES = ("replace", "unlink", "rmdir", "mkdir", "link", "fsync")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-signals = pytest.mark.skipif(os.name == "nt", reason="sends signals")
 
 
 def checkpoints(folder):
@@ -440,22 +441,11 @@ def test_texts_that_were_not_written_yet(whole, tmp_path):
     assert lasting(run) == lasting(whole)
 
 
-def interrupted(*arguments, number, cwd):
-    process = start("train", *arguments, cwd=cwd)
-    while process.poll() is None and not (cwd / "run/state.safetensors").exists():
-        time.sleep(0.02)
-    time.sleep(0.3)
-    process.send_signal(number)
-    out, told = process.communicate(timeout=60)
-    return process.returncode, out, told.splitlines()[-1]
-
-
 @signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_stops_a_run_saves_it(number, code, tmp_path):
     arguments = ("--engine", "reference", "--steps", "1000000", "--out", "run")
-    found, out, told = interrupted(*arguments, number=number, cwd=tmp_path)
-    assert (found, out) == (code, "")
+    told = interrupt(*arguments, cwd=tmp_path, number=number, code=code)
     done = int(re.match(r"Stopped after step ([\d,]+); saved\. Go on with", told)[1].replace(",", ""))
     assert len(losses(tmp_path / "run")) == done == steps(tmp_path / "run")[-1]
     with pytest.raises(tl.Interrupted) as stopped:
@@ -473,26 +463,19 @@ t.train(out="run", engine="reference", steps=10**6, samples=0, progress=False)
 """
 
 
-def busy(folder):
-    """A process that saves after every step."""
-    process = subprocess.Popen([sys.executable, "-c", BUSY], cwd=folder.parent, env=environment())
-    while process.poll() is None and not (folder / "state.safetensors").exists():
-        time.sleep(0.02)
-    return process
+CHANGES_OF_FILES = [f"os:{name}" for name in CHANGES]
 
 
 @signals
 def test_one_process_trains_in_a_folder(tmp_path):
     folder = tmp_path / "run"
-    process = busy(folder)
-    try:
+    with pauses.start(at=["tapeless.job:Job.advance"], cwd=tmp_path, code=BUSY) as process:
+        process.reached("Job.advance", 3)
         for options in (("--resume",), ("--overwrite", *SMALL), SMALL):
             error = refused("train", *options, "--out", "run", cwd=tmp_path)
             assert f"process {process.pid} on {socket.gethostname()} is training in run: wait" in error
         succeeds("sample", "run", "-n", "1", "--engine", "reference", cwd=tmp_path)
-    finally:
         process.kill()
-        process.wait()
     assert (folder / ".lock").exists()  # but nobody has it
     done = max(steps(folder))
     told = succeeds("train", "--resume", "--out", "run", "--steps", str(done + 9), cwd=tmp_path).stderr
@@ -501,27 +484,64 @@ def test_one_process_trains_in_a_folder(tmp_path):
     assert len(losses(folder)) == done + 9
 
 
+class Looks:
+    """Counts what is opened or listed below a folder, and does something before one of these."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder = str(folder)
+        self.begin(0, None)
+        for owner, name in ((os, "open"), (io, "open"), (builtins, "open"), (os, "listdir"), (os, "scandir")):
+            monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def begin(self, which, work):
+        self.count, self.which, self.work = 0, which, work
+
+    def counted(self, function):
+        def instead(path, *arguments, **options):
+            if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(self.folder):
+                self.count += 1
+                if self.count == self.which:
+                    self.work()
+            return function(path, *arguments, **options)
+
+        return instead
+
+
 @signals
-def test_who_reads_sees_a_checkpoint_whole(tmp_path, monkeypatch):
-    """While the process that trains saves all the time, and removes what is old."""
+@pytest.mark.parametrize("waits", ["writer", "reader"])
+def test_who_reads_sees_a_checkpoint_whole(waits, tmp_path, monkeypatch):
+    """While another process saves after every step and removes what is old. A model is read at each change
+    that the writer makes to files; or the writer saves three times before each file that the reader opens."""
     folder = tmp_path / "run"
-    process = busy(folder)
     seen = set()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            while len(seen) < 20:
-                seen.add(tl.load(folder, "reference").engine.params.tobytes())
-                assert process.poll() is None
-    finally:
+
+    def load():
+        seen.add(tl.load(folder, "reference").engine.params.tobytes())
+
+    points = CHANGES_OF_FILES if waits == "writer" else ["tapeless.job:Job.advance"]
+    with pauses.start(at=points, cwd=tmp_path, code=BUSY) as process, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        while not (folder / "state.safetensors").exists():
+            process.next()
+        if waits == "writer":
+            for _ in range(150):
+                process.next()
+                load()
+        else:
+            with monkeypatch.context() as patched:
+                looks = Looks(folder, patched)
+                while looks.which <= looks.count:
+                    looks.begin(looks.which + 1, lambda: process.reached("Job.advance", 3))
+                    load()
+                assert looks.which > 10
+        last = max(steps(folder))
         process.kill()
-        process.wait()
+    assert len(seen) > 3
     save_always(monkeypatch)
     with pytest.raises(tl.Interrupted):
         tl.train(
-            out=tmp_path / "again", engine="reference", steps=10**6, keep=10**6,
-            progress=StopAt(max(steps(folder))),
-        )  # fmt: skip
+            out=tmp_path / "again", engine="reference", steps=10**6, keep=10**6, progress=StopAt(last)
+        )
     known = [tl.load(place, "reference").engine.params for place in checkpoints(tmp_path / "again")]
     assert seen <= {params.tobytes() for params in known}
 
@@ -540,17 +560,27 @@ def test_two_that_looked_before_either_began(tmp_path):
             folders.claim(tmp_path / "run", second, False)
 
 
+@signals
 @pytest.mark.oracle
-def test_an_empty_compile_cache_shared_by_three(run, tmp_path):
-    """Two trainings and a sampler that all compile at once, and one that finds what they left."""
-    environ = environment(TAPELESS_CACHE_DIR=str(tmp_path / "cache"))
+def test_an_empty_compile_cache_shared_by_three(run, tmp_path, monkeypatch):
+    """Two trainings and a sampler that all compile before one of them is done, and one that finds what they
+    left."""
+    monkeypatch.setenv("TAPELESS_CACHE_DIR", str(tmp_path / "cache"))
     train = ("train", "--steps", "30", "--samples", "1", "--set", "n_embd=8", "--out")
     commands = [(*train, "a"), (*train, "b"), ("sample", "run", "-n", "1")]
-    processes = [start(*command, cwd=tmp_path, env=environ) for command in commands]
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
-    alone = succeeds(*train, "c", cwd=tmp_path, env=environ)
+    with ExitStack() as stack:
+        point = "tapeless.ops.cpu.native:compile_object"
+        processes = [
+            stack.enter_context(pauses.start(*command, at=[point], cwd=tmp_path)) for command in commands
+        ]
+        for process in processes:
+            process.reached("compile_object")
+        for process in processes:
+            process.let_go()
+        said = [process.end() for process in processes]
+    assert [code for code, _, _ in said] == [0, 0, 0], said
+    alone = succeeds(*train, "c", cwd=tmp_path)
     assert "Compiling" not in alone.stderr
     assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c")
-    assert said[0][0] == said[1][0] == alone.stdout
+    assert said[0][1] == said[1][1] == alone.stdout
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".o"]

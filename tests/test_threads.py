@@ -2,12 +2,12 @@
 
 import concurrent.futures
 import hashlib
+import inspect
 import itertools
 import json
 import os
 import shutil
 import threading
-import time
 from functools import partial
 from queue import SimpleQueue
 
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tapeless as tl
-from commands import refused, succeeds, tapeless
+from commands import refused, signals, succeeds, tapeless
 from helpers import PRESETS, lengths_of, random_batch, random_model
 from tapeless import team
 from tapeless.config import GPTConfig
@@ -357,11 +357,12 @@ def test_the_budget_is_what_is_allocated(threads):
 # ---------------------------------------------------------------- starting and ending
 
 
+@pytest.mark.signals
 def test_tasks_run_at_the_same_time_and_are_waited_for():
     barrier, seen = threading.Barrier(5), []
 
     def task():
-        barrier.wait(timeout=60)  # passes only if all five are here
+        barrier.wait()  # passes only if all five are here
         seen.append(threading.get_ident())
 
     for _ in range(3):
@@ -387,30 +388,55 @@ def test_nothing_begins_if_a_thread_is_refused(monkeypatch):
     assert len(team._idle) == 2  # those that did start wait for the next team
 
 
-INTERRUPTED = """
-import os, signal, time
-from tapeless.team import run_together
+class Waits(SimpleQueue):
+    """A queue that tells when the main thread begins to wait for it, by giving itself."""
 
-done = []
-def task():
+    begun = SimpleQueue()
+
+    def get(self):
+        if threading.current_thread() is threading.main_thread():
+            self.begun.put(self)
+        return super().get()
+
+
+INTERRUPTED = f"""
+import os, signal, threading
+from queue import SimpleQueue
+from tapeless import team
+
+{inspect.getsource(Waits)}
+
+team.SimpleQueue = Waits
+done, heard = [], threading.Event()
+
+def first():
+    news = Waits.begun.get()  # the main thread waits for the tasks
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(0.3)
+    news.put(None)  # a signal that came just before it fell asleep is heard when it wakes up
+    Waits.begun.get()  # it was interrupted, and waits again
+    heard.set()
+    done.append(1)
+
+def second():
+    heard.wait()
     done.append(1)
 
 try:
-    run_together([task] * 2)
+    team.run_together([first, second])
     print("went on")
 except KeyboardInterrupt:
     print("interrupted after", len(done))
-run_together([lambda: done.append(1)] * 2)
+team.run_together([lambda: done.append(1)] * 2)
 print(len(done))
 """
 
 
+@signals
 def test_an_interrupt_waits_until_all_are_done(child):
     assert child(INTERRUPTED).splitlines() == ["interrupted after 2", "4"]
 
 
+@pytest.mark.signals
 def test_an_interrupt_as_they_begin_waits_too(monkeypatch):
     """A signal that comes while the work is handed over is heard right after that."""
 
@@ -426,13 +452,21 @@ def test_an_interrupt_as_they_begin_waits_too(monkeypatch):
             self.tasks = Interrupted()
             self.start()
 
+    waits = threading.Event()
+
+    class News(SimpleQueue):
+        def get(self):
+            waits.set()
+            return super().get()
+
     def task():
-        time.sleep(0.2)
+        waits.wait()  # until the main thread does, although it was interrupted
         ended.append(1)
 
     ended = []
     monkeypatch.setattr(team, "_take_workers", lambda count: [Worker() for _ in range(count)])
     monkeypatch.setattr(team, "_idle", [])
+    monkeypatch.setattr(team, "SimpleQueue", News)
     with pytest.raises(KeyboardInterrupt):
         team.run_together([task, task])
     assert len(ended) == 2
@@ -469,6 +503,7 @@ else:
 """
 
 
+@pytest.mark.signals
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_has_threads_of_its_own(child):
     assert child(FORKED).strip() == "both"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commands import COMMAND, contents, environment, on_a_terminal, refused, succeeds
+import pauses
+from commands import contents, on_a_terminal, refused, signals, succeeds
 from shard_files import read_shard
 from tapeless.data import texts as texts_module
 from tapeless.data.bpe import train_bpe
@@ -415,111 +415,118 @@ def test_a_full_disk(processes, large):
 # ---------------------------------------------------------------- interruptions
 
 
+needs_pidfd = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="looks into /proc, waits by pidfd")
+
+
+def write_long(folder):
+    (folder / "long.txt").write_text(TEXT * 3000)  # some twenty blocks
+
+
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """A folder with a text that takes a while."""
     folder = tmp_path_factory.mktemp("long")
-    with open(folder / "long.txt", "w") as file:
-        for _ in range(100):
-            file.write(TEXT * 300)
+    write_long(folder)
     return folder
 
 
-def popen(*arguments, cwd):
-    return subprocess.Popen(
-        [*COMMAND, "tokenize", *arguments], cwd=cwd, env=environment(), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+class Worker:
+    """A process that the command has started."""
+
+    def __init__(self, pid):
+        self.pid, self._handle = pid, os.pidfd_open(pid)
+
+    def has_ended(self):
+        return bool(select.select([self._handle], [], [], 0)[0])
+
+    def wait(self):
+        select.select([self._handle], [], [])
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
 
 
 def workers_of(process):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return [Worker(int(c)) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
-def started(long):
-    """The command at work in two processes, and those processes."""
-    process = popen("long.txt", "--tokenizer", "chars", "--processes", "2", "--out", "data", cwd=long)
-    shard = long / "data/.long.part/long_train_000001.bin"
-    deadline = time.monotonic() + 60
-    while not (shard.exists() and shard.stat().st_size > 200_000):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process, workers_of(process)
+@contextmanager
+def tokenizing(folder):
+    """The command, which stops when some of the text is tokenized, and its two workers."""
+    arguments = ("long.txt", "--tokenizer", "chars", "--processes", "2", "--out", "data")
+    point = "tapeless.data.shards:ShardWriter.write"
+    with pauses.start("tokenize", *arguments, at=[point], cwd=folder) as process:
+        process.reached("ShardWriter.write", 3)
+        assert (folder / "data/.long.part/long_train_000001.bin").exists()
+        workers = workers_of(process)
+        assert len(workers) == 2
+        yield process, workers
 
 
-def gone(pids):
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
+@contextmanager
+def training_bpe(folder, point):
+    """The command while a tokenizer is made, with its worker: it waits for the tokenizer (`_answer`), or the
+    worker does nothing (`train_bpe`)."""
+    arguments = ("long.txt", "--train-bpe", "1000", "--out", "data")
+    with pauses.start("tokenize", *arguments, at=[f"tapeless.data.workers:{point}"], cwd=folder) as process:
+        stop = process.reached(point)
+        [worker] = workers_of(process)
+        assert stop.pid == (worker if point == "train_bpe" else process).pid
+        yield process, worker
 
 
-needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-
-
-@needs_proc
-def test_ctrl_c(long):
-    process, workers = started(long)
-    assert len(workers) == 2
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "Interrupted."
+def ends_interrupted(process, workers, folder):
+    process.send_signal_to_all(signal.SIGINT)
+    code, _, errors = process.result()
+    assert (code, errors.splitlines()[-1]) == (130, "Interrupted.")
     assert "Traceback" not in errors
-    assert {p.name for p in long.iterdir()} == {"long.txt"}
-    assert gone(workers)
+    assert {p.name for p in folder.iterdir()} == {"long.txt"}
+    assert all(worker.has_ended() for worker in workers)
 
 
-def killing_one_ends_it(process, workers, folder):
-    os.kill(workers[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 2
+def ends_without_a_worker(process, worker, folder):
+    worker.kill()
+    code, _, errors = process.end()
+    assert code == 2
     assert "error: a process that tokenizes has died" in errors
     assert "Traceback" not in errors
     assert {p.name for p in folder.iterdir()} == {"long.txt"}
 
 
-def training_bpe(long):
-    """The command while it reads the text to make a tokenizer, and the process that does it."""
-    process = popen("long.txt", "--train-bpe", "1000", "--out", "data", cwd=long)
-    told = process.stderr.readline()
-    assert re.fullmatch(r"reading: \d+ of \d+ MB\n", told)
-    return process, workers_of(process)
+@signals
+@needs_pidfd
+def test_ctrl_c(long):
+    with tokenizing(long) as (process, workers):
+        ends_interrupted(process, workers, long)
 
 
-@needs_proc
-def test_ctrl_c_while_a_bpe_is_trained(long):
-    process, workers = training_bpe(long)
-    assert len(workers) == 1
-    began = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - began < 5  # the text alone takes longer
-    assert (process.returncode, errors.splitlines()[-1]) == (130, "Interrupted.")
-    assert "Traceback" not in errors
-    assert {p.name for p in long.iterdir()} == {"long.txt"}
-    assert gone(workers)
+@signals
+@needs_pidfd
+@pytest.mark.parametrize("point", ["_answer", "train_bpe"])
+def test_ctrl_c_while_a_bpe_is_trained(point, long):
+    """Although the worker would never have been done."""
+    with training_bpe(long, point) as (process, worker):
+        ends_interrupted(process, [worker], long)
 
 
-@needs_proc
+@signals
+@needs_pidfd
 def test_a_process_that_dies_while_a_bpe_is_trained(long):
-    process, workers = training_bpe(long)
-    killing_one_ends_it(process, workers, long)
+    with training_bpe(long, "train_bpe") as (process, worker):
+        ends_without_a_worker(process, worker, long)
 
 
-@needs_proc
+@signals
+@needs_pidfd
 @pytest.mark.parametrize("change", ["shorter", "longer"])
 def test_a_text_that_changes_meanwhile(change, tmp_path):
-    (tmp_path / "long.txt").write_text(TEXT * 15_000)
-    process, _ = started(tmp_path)
+    write_long(tmp_path)
     size = (tmp_path / "long.txt").stat().st_size
-    os.truncate(tmp_path / "long.txt", size // 4 * 3 if change == "shorter" else size + 100)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
+    with tokenizing(tmp_path) as (process, _):
+        os.truncate(tmp_path / "long.txt", size // 4 * 3 if change == "shorter" else size + 100)
+        code, _, errors = process.end()
+    assert code == 2
     assert (
         errors.splitlines()[-1]
         == f"error: long.txt has become {change} than the {size:,} bytes it began with."
@@ -527,19 +534,21 @@ def test_a_text_that_changes_meanwhile(change, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"long.txt"}
 
 
-@needs_proc
+@signals
+@needs_pidfd
 def test_a_process_that_dies(long):
-    process, workers = started(long)
-    killing_one_ends_it(process, workers, long)
-    assert gone(workers)
+    with tokenizing(long) as (process, workers):
+        ends_without_a_worker(process, workers[0], long)
+        assert all(worker.has_ended() for worker in workers)
 
 
-@needs_proc
+@signals
+@needs_pidfd
 def test_a_killed_command_leaves_nothing_in_the_way(long):
-    process, workers = started(long)
-    process.kill()
-    process.communicate(timeout=30)
-    assert gone(workers)
+    with tokenizing(long) as (process, workers):
+        process.kill()
+        for worker in workers:
+            worker.wait()
     assert [p.name for p in (long / "data").iterdir()] == [".long.part"]
     (long / "short").mkdir()
     (long / "short/long.txt").write_text(TEXT)
