@@ -116,29 +116,40 @@ class Console:
 
 
 class Counting:
-    """A bar on a terminal, and nothing elsewhere, for work of which it is told how much is done."""
+    """A bar for work that tells how much of it is done; elsewhere than on a terminal a line at each tenth
+    of the way, at most one a second. `say` prints a line without disturbing the bar."""
 
-    def __enter__(self) -> Counting:
+    def __init__(self, unit: str) -> None:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console = RichConsole(stderr=True)
-        self._bar = Progress(
+        self._console = RichConsole(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        self._unit, self._tenth, self._said = unit, 0, time.monotonic()
+        columns = (
             MofNCompleteColumn(),
-            TextColumn("tokens"),
+            TextColumn(unit),
             BarColumn(),
             TimeRemainingColumn(),
             TextColumn("left"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("")
+        self._bar = Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        )
+
+    def __enter__(self) -> Counting:
+        self._task = self._bar.add_task("", total=None)
         self._bar.start()
         return self
 
     def __call__(self, done: int, total: int) -> None:
         self._bar.update(self._task, completed=done, total=total)
+        tenth = 10 * done // max(total, 1)
+        if self._bar.disable and tenth > self._tenth and time.monotonic() - self._said > 1:
+            self._tenth, self._said = tenth, time.monotonic()
+            self.say(f"{done:,} of {total:,} {self._unit}")
+
+    def say(self, line: str) -> None:
+        self._console.print(line)
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()

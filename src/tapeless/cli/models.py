@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from tapeless.cli.convert import check_state
-from tapeless.cli.options import EngineName, Recompute, Settings, Threads, option, parse_settings, say
+from tapeless.cli.options import (
+    MODEL,
+    EngineName,
+    Recompute,
+    Settings,
+    Threads,
+    option,
+    parse_settings,
+    say,
+)
 from tapeless.errors import ConfigError
 
 PresetName = Annotated[
@@ -28,45 +37,72 @@ def _model_config(preset: str, pairs: list[str] | None) -> Any:
 def check(
     preset: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A preset; with --state, a model as for [bold]convert[/]."),
+        typer.Argument(
+            metavar="PRESET", help=f"The model: see [bold]tapeless presets[/]. With --state: {MODEL}"
+        ),
     ] = "microgpt",
     set_: Settings = None,
     engine: EngineName = None,
     entries: Annotated[
-        int, typer.Option(metavar="N", help="Entries checked of a tensor; all of them where it has fewer.")
-    ] = 5000,
-    seed: Annotated[int, typer.Option(metavar="S", help="Seed of weights, tokens and entries.")] = 0,
+        int | None,
+        option(
+            "Entries of each tensor to check one by one.", "N", "all of up to 1,024, 128 of larger tensors"
+        ),
+    ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", metavar="", help="Check every entry of every tensor: minutes to hours.")
+    ] = False,
+    seed: Annotated[int, typer.Option(metavar="S", help="Seed of weights, tokens and samples.")] = 0,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the result down as .html or .json.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Save the result as .html or .json: a certificate.", show_default=False
+        ),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A debug state of llm.c to compare a model with.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Compare with a debug state of llm.c instead.", show_default=False),
     ] = None,
 ) -> None:
-    """Check every hand-written gradient, and print a table.
+    """Check every hand-written gradient (gradcheck).
 
-    Against finite differences in float64 on the reference engine; then the CPU engine against the
-    reference. With --state, a saved model against the logits, loss and gradients that another program
-    wrote down. Exit code 1 if anything disagrees.
+    Compares each tensor's gradient with finite differences in float64 on the reference
+    engine, then the CPU engine with the reference. Of large tensors a random sample of entries
+    is checked, and directional derivatives, in which every entry counts. Large presets are
+    checked with the same structure in smaller sizes.
+
+    With --state, compares a saved model with the logits, loss and gradients that llm.c computed.
+
+    Exit code 1 if anything disagrees.
     """
     engine = "cpu" if engine is None else engine
+    if all_ and entries is not None:
+        raise ConfigError("--all checks every entry: leave --entries out.")
     if state is not None:
-        if set_ or report is not None:
-            raise ConfigError("--state checks a saved model as it is: leave --set and --report out.")
+        if set_ or report is not None or all_ or entries is not None:
+            raise ConfigError(
+                "--state checks a saved model as it is: leave --set, --report, --entries and --all out."
+            )
         if not check_state(preset, state, engine):
             raise typer.Exit(1)
         return
     from tapeless import certificate
-    from tapeless.gradcheck import example, gradcheck
-    from tapeless.progress import COMPILING
+    from tapeless.gradcheck import example, gradcheck, smaller
+    from tapeless.progress import COMPILING, Counting
 
     if report is not None:
         certificate.check_path(report)
     config = _model_config(preset, set_)
-    model, *batch = example(config, engine, seed)
-    model.engine.notice = lambda: say(COMPILING)
-    result = gradcheck(model, *batch, entries=entries, seed=seed)
-    certificate.show(preset, config, result, report)
+    checked = smaller(config, parse_settings(set_))
+    if checked != config:
+        was = config.to_dict()
+        sizes = [f"{name}={value}" for name, value in checked.to_dict().items() if value != was[name]]
+        say(f"Checking the structure of {preset} in smaller sizes: {', '.join(sizes)}. --set overrides them.")
+    model, *batch = example(checked, engine, seed)
+    with Counting("checks") as counting:
+        model.engine.notice = lambda: counting.say(COMPILING)
+        result = gradcheck(model, *batch, entries="all" if all_ else entries, seed=seed, progress=counting)
+    certificate.show(preset, checked, result, report)
     if not result.ok:
         raise typer.Exit(1)
 
