@@ -44,10 +44,14 @@ class Notice(UserWarning):
     """Something to know that is no error; the command line prints it on one line."""
 
 
+LISTED = 12  # known words that are listed
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the nearest known word, or the list of known words."""
+    """What to say of an unknown word: the nearest known one, and all of them where they are few."""
     known = list(known)
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    if near:
-        return f" Did you mean {near[0]!r}?"
-    return f" Known: {', '.join(known)}."
+    few = len(known) <= LISTED
+    # Where all are listed, only a slip of the fingers is worth a guess.
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.65 if few else 0.5)
+    said = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{said} Expected one of: {', '.join(known)}." if few or not near else said

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli import convert, data, export, models, runs
+from tapeless.cli import convert, data, export, models, runs, settings
 
 app = typer.Typer(
     add_completion=False,
@@ -48,5 +48,6 @@ for _command in (
     convert.convert,
     export.export,
     models.presets,
+    settings.settings,
 ):
     app.command()(_command)

@@ -254,8 +254,8 @@ def evaluate(
     if data is None:
         what = held_out(Path(model))
     loaded = load(model, "cpu" if engine is None else engine, threads=threads, precision=precision)
-    loaded.engine.notice = lambda: say(COMPILING)
-    with Counting() as told:
+    with Counting("tokens") as told:
+        loaded.engine.notice = lambda: told.say(COMPILING)
         result = score(
             loaded, what, stride, block_size=block_size, lines=lines, batch_size=batch_size, told=told
         )
