@@ -30,7 +30,7 @@ class GPT:
     to leave all weights zero. `threads` share the documents of a batch; None is as many as there
     are processors, or one for small batches. `tokenizer` lets `generate` speak text.
 
-    Raises `ConfigError` for an unknown engine or dtype, a seed or number of threads that is none, a
+    Raises `ConfigError` for an unknown engine or dtype, an invalid seed or number of threads, a
     config without `vocab_size`, or one that does not fit in memory.
     """
 
@@ -150,7 +150,11 @@ class GPT:
         return ids
 
     def __repr__(self) -> str:
-        return f"GPT({self.n_params:,} parameters, {self.engine.name}, {self.config})"
+        c, tokenizer = self.config, type(self.tokenizer).__name__ if self.tokenizer else "no tokenizer"
+        return (
+            f"GPT({self.n_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
+            f"context {c.block_size:,}, vocabulary {c.vocab:,}; {self.engine.name} engine, {tokenizer})"
+        )
 
 
 def _array(values: Any) -> np.ndarray:

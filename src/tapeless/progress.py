@@ -11,13 +11,13 @@ from tapeless.generate import listed
 from tapeless.meter import Speed
 
 TOLD = 10  # skipped steps, each in a line
-COMPILING = "Compiling for this model and processor: some seconds, this once only."
+COMPILING = "Compiling for this model and processor: a few seconds, first run only."
 
 
 class Console:
     """Training's progress. Losses shown are means, since single documents differ a lot: in a line over
-    the steps since the line before, on the bar over the last 200 steps. Times are of training alone,
-    without what is evaluated and generated in between."""
+    the steps since the line before, on the bar over the last 200 steps; each says of how many. Times are
+    of training alone, without what is evaluated and generated in between."""
 
     def __init__(self) -> None:
         from rich.console import Console as RichConsole
@@ -36,7 +36,7 @@ class Console:
 
     def compiling(self) -> None:
         # Generating is a second program, compiled when training is done.
-        self._console.print("Compiling what generates texts, too." if self._compiled else COMPILING)
+        self._console.print("Compiling the sampler." if self._compiled else COMPILING)
         self._compiled = True
 
     def begin(self, step: int, steps: int) -> None:
@@ -59,7 +59,7 @@ class Console:
         while (due := min((self._shown // tenth + 1) * tenth, self._steps)) <= self._step > self._shown:
             said, self._unsaid = np.split(self._unsaid, [due - self._shown])
             speed, self._speed = self._speed, None
-            texts = [f"loss {_mean(said):.4f}", *(() if speed is None else speed.texts())]
+            texts = [_mean(said), *(() if speed is None else speed.texts())]
             self._console.print(f"step {due:,}/{self._steps:,}: {' · '.join(texts)}")
             self._shown = due
         if self._bar is not None:
@@ -67,14 +67,14 @@ class Console:
             self._bar.update(
                 self._task,
                 completed=self._step,
-                loss=f"loss {_mean(self._recent):.4f}",
+                loss=_mean(self._recent),
                 rate=f"{rate:,.{0 if rate >= 10 else 2}f} steps/s",
                 more=self._more(),
             )
 
     def _more(self) -> str:
         """Of what there is to tell besides, as much as the terminal has room for."""
-        shown, room = [], self._console.width - 66
+        shown, room = [], self._console.width - 80
         for text in (*self._last, self._val):
             if text and len(text) <= room:
                 shown.append(text)
@@ -155,10 +155,11 @@ class Counting:
         self._bar.stop()
 
 
-def _mean(losses: np.ndarray) -> float:
-    """Of steps that were not skipped because they had none."""
+def _mean(losses: np.ndarray) -> str:
+    """The mean loss, of steps that were not skipped because they had none."""
     finite = losses[np.isfinite(losses)]
-    return float(finite.mean()) if finite.size else float("nan")
+    loss = f"loss {finite.mean() if finite.size else float('nan'):.4f}"
+    return loss if losses.size == 1 else f"{loss} (mean of {losses.size:,})"
 
 
 def _duration(seconds: float) -> str:

@@ -83,7 +83,7 @@ def export(
             say(f"Saved in {draw}.")
         return
     if out is None or not out.name:  # of nothing, or the present folder
-        raise ConfigError("export writes a folder: name it with --out DIR.")
+        raise ConfigError("--out DIR is required.")
     export_model(
         source, to or "c", out, mode=mode, data=data, settings=settings, seed=seed,
         weights=weights or "float32", target=target, overwrite=overwrite, command=_typed(sys.argv[1:]),
