@@ -304,7 +304,7 @@ def held_out(folder: Path) -> Tokens:
     place = saves.newest(folder, runs.MODEL)  # as for the model itself
     val = _read(resumed(folder, place, None, None, None, {}, None, None, None, None)).val
     if val is None:
-        raise RunError(f"{folder} has no validation data: name the data to evaluate it on.")
+        raise RunError(f"{folder} has no validation data: pass the data to evaluate it on.")
     return val
 
 

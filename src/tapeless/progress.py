@@ -111,7 +111,7 @@ class Console:
             self._console.print(f"{self._skipped:,} {steps} skipped: metrics.jsonl says which.")
         if done := self._step - self._first:
             self._console.print(
-                f"{done:,} steps in {self._seconds:,.2f} s: {_duration(self._seconds / done)} a step."
+                f"{done:,} steps in {self._seconds:,.2f} s: {duration(self._seconds / done)} a step."
             )
 
 
@@ -162,7 +162,8 @@ def _mean(losses: np.ndarray) -> str:
     return loss if losses.size == 1 else f"{loss} (mean of {losses.size:,})"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people: "12.3 ms"."""
     for unit, scale in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale:
             return f"{seconds / scale:.1f} {unit}"

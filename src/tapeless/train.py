@@ -96,10 +96,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Progress(Protocol):
-    """What training tells while it runs; see tapeless.progress. Of these, `evaluated` and `sampled` come
-    only where there is something to tell, and only to who has them `speed`, at most once a second,
-    `stopping`, when Ctrl-C came while something else than a step was done, and `skipped`, for a step that
-    was left out."""
+    """What training tells while it runs; see tapeless.progress. `evaluated` and `sampled` come only where
+    there is something to tell. These methods are optional: `speed`, at most once a second, `stopping`, when
+    Ctrl-C came while something else than a step was done, and `skipped`, for a step that was left out."""
 
     def start(self, lines: list[str]) -> None: ...
     def compiling(self) -> None: ...
@@ -143,7 +142,8 @@ def train(
     `preset` names the model ("microgpt" by default); None elsewhere means the preset's value, seed
     42, engine "cpu", and as many threads as there are processors if a step is large enough for that
     to pay. Results repeat bit for bit for a fixed number of threads; other numbers round differently.
-    `set` changes any model or training setting: `{"n_embd": 32}`; see `GPTConfig` and `Training`. `val`
+    `set` changes any model or training setting: `{"n_embd": 32}`; `help(tl.GPTConfig)` and
+    `help(tapeless.settings.Training)` list them. `val`
     is data to validate on, in place of NAME_val.bin beside NAME_train.bin and of `val_fraction`.
 
     `pretrained` is a model to start from: a run folder, a Hugging Face folder of GPT-2, llm.c's file,

@@ -12,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train and run GPTs whose every gradient is written by hand.",
+    help="Train and run GPTs with every gradient written by hand.",
     epilog="Begin with:  tapeless train",
 )
 

@@ -17,7 +17,8 @@ def option(help: str, metavar: str, default: str, *names: str) -> Any:
 
 
 # What a command that takes any model says of its argument MODEL.
-MODEL = "a run folder, a Hugging Face folder, an llm.c file, or a name on the hub."
+MODEL = "A run folder, a Hugging Face folder, an llm.c file, or a name on the hub."
+A_MODEL = f"a{MODEL[1:]}"  # within a sentence
 
 Settings = Annotated[
     list[str] | None,
@@ -28,9 +29,7 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
-Threads = Annotated[
-    int | None, option("Threads that share a step.", "N", "the processors, or 1 where a step is small")
-]
+Threads = Annotated[int | None, option("Number of threads.", "N", "the processors, or 1 for small steps")]
 Recompute = Annotated[
     bool | None,
     typer.Option(

@@ -15,7 +15,7 @@ def settings(
         ),
     ] = None,
 ) -> None:
-    """List the settings that --set, --config and tl.train(set=…) can change.
+    """List the settings that --set and --config can change.
 
     With KEY: its type, its values, its default, and the presets that change it.
     """

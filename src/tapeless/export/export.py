@@ -100,7 +100,7 @@ def _tell_cost(
     """Measure what int8 weights cost on `data`, or on what the model was trained on."""
     assert firmware.weights is not None
     data = data_of(source) if data is None else data
-    say(f"Measuring what int8 weights cost, on {data}.")
+    say(f"Measuring the loss with int8 weights on {data}.")
     model = load(source, "reference", dtype="float32")
     losses = []
     for weights in (firmware.weights, small.rounded):
