@@ -465,7 +465,9 @@ def test_a_hub_without_it(error, words, tmp_path):
 
 def test_no_hub_package(tmp_path):
     env = with_hub(tmp_path, content="raise ImportError")
-    assert "pip install 'tapeless[hub]'" in refused("convert", "gpt2", "out.bin", cwd=tmp_path, env=env)
+    assert "pip install huggingface_hub tokenizers (the extra 'hub')" in refused(
+        "convert", "gpt2", "out.bin", cwd=tmp_path, env=env
+    )
 
 
 def test_the_real_hub_package_without_network(tmp_path):

@@ -539,9 +539,7 @@ def test_who_reads_sees_a_checkpoint_whole(waits, tmp_path, monkeypatch):
     assert len(seen) > 3
     save_always(monkeypatch)
     with pytest.raises(tl.Interrupted):
-        tl.train(
-            out=tmp_path / "again", engine="reference", steps=10**6, keep=10**6, progress=StopAt(last)
-        )
+        tl.train(out=tmp_path / "again", engine="reference", steps=10**6, keep=10**6, progress=StopAt(last))
     known = [tl.load(place, "reference").engine.params for place in checkpoints(tmp_path / "again")]
     assert seen <= {params.tobytes() for params in known}
 

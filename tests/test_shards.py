@@ -227,7 +227,6 @@ def test_a_large_file_takes_no_memory(child, tmp_path):
 # ---------------------------------------------------------------- what is no token file
 
 
-
 def npy(array):
     file = io.BytesIO()
     np.save(file, array)
@@ -474,7 +473,10 @@ def test_the_names_of_other_programs(names, name, train, val, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ("1.bin 2.bin test_1.bin", ["new/test_1.bin: the name says that this is not to train on", "by a glob"]),
+        (
+            "1.bin 2.bin test_1.bin",
+            ["new/test_1.bin: the name says that this is not to train on", "by a glob"],
+        ),
         ("x_train.bin x-train.bin", ["or twice", "new/x-train.bin, new/x_train.bin"]),
         ("x_train_1.bin x_train_1.npy", ["or twice"]),
         ("trainid.bin validation_0.bin", None),

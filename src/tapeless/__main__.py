@@ -32,13 +32,13 @@ def run(arguments: Sequence[str]) -> int:
     import typer
 
     from tapeless.cli import app
-    from tapeless.errors import TapelessError
+    from tapeless.errors import TapelessError, on_the_command_line, spelled
 
     # Typer's own errors, by way of the one it names: newer versions carry their own copy of Click.
     usage_error: Any = typer.BadParameter.__base__
     command = typer.main.get_command(app)
     try:
-        with command.make_context("tapeless", list(arguments)) as context:
+        with spelled(on_the_command_line), command.make_context("tapeless", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as exit:
         return exit.exit_code

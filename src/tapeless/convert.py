@@ -11,7 +11,7 @@ from pathlib import Path
 from tapeless.data.bpe import BPETokenizer
 from tapeless.data.table import TableTokenizer
 from tapeless.data.tokenizers import find_tokenizer
-from tapeless.errors import ConfigError, RunError, did_you_mean
+from tapeless.errors import ConfigError, RunError, argument, did_you_mean
 from tapeless.io import gguf, gpt2, huggingface, llmc, runs
 from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.layout import n_params
@@ -88,7 +88,10 @@ def refuse(target: Path, folder: bool, overwrite: bool) -> None:
         if target.is_dir():
             raise RunError(f"{target} is a folder; expected the name of a file.")
     if there and not overwrite:
-        raise RunError(f"{there[0]} is there already: replace it with --overwrite, or choose another name.")
+        raise RunError(
+            f"{there[0]} already exists: replace it with {argument('overwrite', True)}, or choose another "
+            "name."
+        )
 
 
 def _write_folder(target: Path, write: Callable[[Path], None]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 
 from tapeless.config import GPTConfig
-from tapeless.errors import ConfigError, did_you_mean
+from tapeless.errors import ConfigError, argument, did_you_mean
 from tapeless.layout import (
     BATCH,
     Plan,
@@ -49,7 +49,9 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
     if dtype not in (None, "float32", "float64"):
         raise ConfigError(f"dtype must be float32 or float64, not {dtype!r}.")
     if name == "cpu" and dtype == "float64":
-        raise ConfigError("the cpu engine computes in float32; use engine='reference' for float64.")
+        raise ConfigError(
+            f"the cpu engine computes in float32; use {argument('engine', 'reference')} for float64."
+        )
     return np.dtype(dtype or ("float32" if name == "cpu" else "float64"))
 
 

@@ -83,7 +83,7 @@ class Job:
     val_losses: dict[int, float] = field(default_factory=dict)  # by step
     best: tuple[float, int] = (math.inf, 0)  # the lowest of them of all times, and its step
     texts: dict[int, list[str]] = field(default_factory=dict)  # generated while training
-    _changed: str = ""  # what is otherwise than when it was saved
+    _changed: str = ""  # settings that differ from the saved run
     _logged: int = 0  # steps already in metrics.jsonl
     _saved: int | None = None  # the step of the state in the folder
     _taken: Path | None = None  # the checkpoint it was resumed from
@@ -168,7 +168,7 @@ class Job:
 
     def judge(self, loss: float) -> bool:
         """Whether a validation's loss is the best so far; then the model is saved in the folder `best`."""
-        if self.step and math.isfinite(loss):
+        if math.isfinite(loss):
             self.val_losses[self.step] = loss
         better = loss < self.best[0]
         if better:
@@ -260,7 +260,7 @@ class Job:
             self._logged = min(self._logged, self.step)
             self.save()  # first: as long as an older state is the last one, its rows must be there
             for log in (runs.METRICS, runs.SAMPLES_LOG):
-                runs.cut_log(self._place / log, self.step)
+                runs.cut_log(self._place / log, self.step or -1)
 
     def close(self) -> None:
         """Save for the last time. Texts of an earlier end go first: whether there are any tells `restore`
@@ -322,6 +322,8 @@ class Job:
         assert len(losses) == self.step - first
         rates = learning_rates(self.training, first, len(losses))
         rows: list[dict[str, Any]] = []
+        if first == 0 < len(losses) and 0 in self.val_losses:  # with the first steps, so that it comes once
+            rows.append({"step": 0, "val_loss": self.val_losses[0]})
         for i in range(len(losses)):
             step = first + i + 1
             skipped = self.guard.skipped.pop(step, "")
@@ -356,14 +358,15 @@ class Job:
         ended = self.step == t.steps
         if self.step > t.steps or (ended and (texts.exists() or not t.samples)):
             raise RunError(
-                f"{self.folder} is complete: {self.step} steps of {t.steps}. Give more --steps to go on."
+                f"{self.folder} is complete: {self.step} steps of {t.steps}. Give more steps to go on."
             )
         self.resumed, self._taken = True, place
         self._logged = self._saved = self.step
         sizes = saves.logged(place)
         # At the end, texts come after the last save; they are still to be generated.
         for log, steps in ((runs.METRICS, self.step), (runs.SAMPLES_LOG, self.step - ended)):
-            runs.cut_log(self.folder / log, steps, sizes.get(log, sys.maxsize))
+            # Rows of step 0 come with those of the first steps.
+            runs.cut_log(self.folder / log, steps or -1, sizes.get(log, sys.maxsize))
 
     def change(self, changes: Mapping[str, tuple[Any, Any]]) -> None:
         """Record what is from now on otherwise than before."""

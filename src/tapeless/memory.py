@@ -94,4 +94,3 @@ def _what_fits(config: GPTConfig, batch_size: int, needs: Any, free: float) -> s
         elif fits:
             options.append(f"batch_size={fits}{also}")
     return f"{' or '.join(options)} would fit" if options else "choose a smaller model"
-

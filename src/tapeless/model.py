@@ -35,7 +35,7 @@ class GPT:
     `copy.deepcopy` and pickling give an independent model with the same parameters, gradients and
     optimiser state.
 
-    Raises `ConfigError` for an unknown engine or dtype, a seed or number of threads that is none, a
+    Raises `ConfigError` for an unknown engine or dtype, an invalid seed or number of threads, a
     config without `vocab_size`, or one that does not fit in memory.
     """
 
@@ -175,7 +175,11 @@ class GPT:
         return ids
 
     def __repr__(self) -> str:
-        return f"GPT({self.n_params:,} parameters, {self.engine.name}, {self.config})"
+        c, tokenizer = self.config, type(self.tokenizer).__name__ if self.tokenizer else "no tokenizer"
+        return (
+            f"GPT({self.n_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
+            f"context {c.block_size:,}, vocabulary {c.vocab:,}; {self.engine.name} engine, {tokenizer})"
+        )
 
 
 def _array(values: Any) -> np.ndarray:

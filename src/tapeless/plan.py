@@ -14,7 +14,7 @@ from tapeless.data.orders import Tokens, make_order
 from tapeless.data.sources import Data, are_tokens, open_data
 from tapeless.data.tokenizers import MADE, CharTokenizer
 from tapeless.engine import check_engine
-from tapeless.errors import ConfigError, RunError
+from tapeless.errors import ConfigError, RunError, argument
 from tapeless.init import MAX_SEED, generator
 from tapeless.io import runs, saves
 from tapeless.io.checkpoints import open_model, with_tokenizer
@@ -213,7 +213,8 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     if training.eval_every and data.val is None:
         raise ConfigError(
             f"eval_every={training.eval_every} needs data to validate on: NAME_val.bin beside "
-            "NAME_train.bin, --val, or val_fraction=0.1 to hold out a part of a text."
+            f"NAME_train.bin, {argument('val')}, or {argument('set', {'val_fraction': 0.1})} to hold out a "
+            "part of a text."
         )
     config = chosen.model.replace(vocab_size=data.vocab_size)
     # What is trained on may be shorter than the model's block; positions beyond it take no activations.
@@ -303,7 +304,7 @@ def held_out(folder: Path) -> Tokens:
     place = saves.newest(folder, runs.MODEL)  # as for the model itself
     val = _read(resumed(folder, place, None, None, None, {}, None, None, None, None)).val
     if val is None:
-        raise RunError(f"{folder} was trained with nothing to validate on: give the data to evaluate it on.")
+        raise RunError(f"{folder} has no validation data: pass the data to evaluate it on.")
     return val
 
 

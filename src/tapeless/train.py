@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tapeless import plan
 from tapeless.config import whole
-from tapeless.errors import ConfigError, DataError, RunError
+from tapeless.errors import ConfigError, DataError, RunError, argument
 from tapeless.generate import listed
 from tapeless.init import MAX_SEED
 from tapeless.io import folders, runs, saves
@@ -36,11 +36,22 @@ SAVE_SHARE = 0.05  # of the time, that saving may take
 DISK = 5e8  # bytes a second that a disk writes, until it is known
 
 
+class Curve(NamedTuple):
+    """Losses to plot: `plt.plot(*run.val_curve)`."""
+
+    steps: np.ndarray  # [K], from 1; 0 is before the first step
+    values: np.ndarray  # [K]
+
+
 @dataclass
 class Run:
-    """What `train` returns: `losses` [steps done], of more than 8 million the last ones, `samples`, the
-    trained `model`, its `folder`; by step the losses `val_losses` on what was held out, and `best`, the step
-    whose model lies in the folder `best` of the run."""
+    """What `train` returns.
+
+    `model` is the trained model and `samples` the texts it generated. `losses` are those of the steps that
+    were done, of more than 8 million the last ones; `val_losses` those of the validations, by step, 0 being
+    before the first one. `loss_curve` and `val_curve` give both as arrays of steps and values. `folder` is
+    the run's, if it has one, and `best` the step whose model lies in its folder `best`.
+    """
 
     model: GPT
     losses: np.ndarray
@@ -49,6 +60,30 @@ class Run:
     steps: int
     val_losses: dict[int, float] = field(default_factory=dict)
     best: int | None = None
+
+    @property
+    def loss_curve(self) -> Curve:
+        """The training loss of each step."""
+        return Curve(np.arange(self.steps - len(self.losses) + 1, self.steps + 1), self.losses)
+
+    @property
+    def val_curve(self) -> Curve:
+        """The validation losses."""
+        steps = np.array(list(self.val_losses), np.int64)
+        return Curve(steps, np.array(list(self.val_losses.values()), np.float64))
+
+    def __repr__(self) -> str:
+        lines = [f"Run({self.steps:,} steps, {self.model!r}"]
+        if len(self.losses):
+            last = self.losses[-100:]
+            mean = f"mean of the last {len(last)}: {last.mean():.4f}"
+            lines.append(f"  losses {self.losses[0]:.4f} … {self.losses[-1]:.4f}, {mean}")
+        if self.val_losses:
+            step, loss = list(self.val_losses.items())[-1]
+            best = "" if self.best is None else f", best at step {self.best:,}"
+            lines.append(f"  validation loss {loss:.4f} at step {step:,}{best}")
+        lines.append(f"  {len(self.samples):,} samples, folder {self.folder})")
+        return "\n".join(lines)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,10 +96,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Progress(Protocol):
-    """What training tells while it runs; see tapeless.progress. Of these, `evaluated` and `sampled` come
-    only where there is something to tell, and only to who has them `speed`, at most once a second,
-    `stopping`, when Ctrl-C came while something else than a step was done, and `skipped`, for a step that
-    was left out."""
+    """What training tells while it runs; see tapeless.progress. `evaluated` and `sampled` come only where
+    there is something to tell. These methods are optional: `speed`, at most once a second, `stopping`, when
+    Ctrl-C came while something else than a step was done, and `skipped`, for a step that was left out."""
 
     def start(self, lines: list[str]) -> None: ...
     def compiling(self) -> None: ...
@@ -108,7 +142,8 @@ def train(
     `preset` names the model ("microgpt" by default); None elsewhere means the preset's value, seed
     42, engine "cpu", and as many threads as there are processors if a step is large enough for that
     to pay. Results repeat bit for bit for a fixed number of threads; other numbers round differently.
-    `set` changes any model or training setting: `{"n_embd": 32}`; see `GPTConfig` and `Training`. `val`
+    `set` changes any model or training setting: `{"n_embd": 32}`; `help(tl.GPTConfig)` and
+    `help(tapeless.settings.Training)` list them. `val`
     is data to validate on, in place of NAME_val.bin beside NAME_train.bin and of `val_fraction`.
 
     `pretrained` is a model to start from: a run folder, a Hugging Face folder of GPT-2, llm.c's file,
@@ -135,11 +170,11 @@ def train(
     }  # fmt: skip
     settings = dict(set or {}) | {name: value for name, value in given.items() if value is not None}
     if resume and overwrite:
-        raise ConfigError("resume goes on with a run, overwrite replaces it: choose one of them.")
+        raise ConfigError(f"{argument('resume', True)} and {argument('overwrite', True)} cannot be combined.")
     if resume and pretrained is not None:
-        raise ConfigError("resume goes on with a run's own model, pretrained begins with another one.")
+        raise ConfigError(f"{argument('resume', True)} and {argument('pretrained')} cannot be combined.")
     if resume and folder is None:
-        raise RunError("resume needs the run's folder: give out.")
+        raise RunError(f"{argument('resume', True)} needs the run's folder: give {argument('out')}.")
     if progress is None or progress is True:
         from tapeless.progress import Console
 
@@ -186,7 +221,8 @@ def _run(job: Job, progress: Progress) -> Run:
             _loop(job, progress, stop)
         except DataError as error:  # it may be mended, and what was done until then is good
             job.save()
-            raise DataError(f"{error}{job.kept('go on with --resume when that is mended.')}") from None
+            advice = f"go on with {argument('resume', True)} when that is mended."
+            raise DataError(f"{error}{job.kept(advice)}") from None
         finally:
             progress.finish()
             job.end()

@@ -11,7 +11,7 @@ from typing import Any
 
 from tapeless import hub
 from tapeless.data.texts import pieces
-from tapeless.errors import DataError, RunError
+from tapeless.errors import DataError, RunError, install
 
 END = "<|endoftext|>"  # stands between documents
 LEAST = 257  # tokens: the bytes, and END
@@ -120,7 +120,7 @@ def library() -> Any:
         import tokenizers
     except ImportError:
         raise DataError(
-            "GPT-2's kind of tokenizer needs the tokenizers library: pip install 'tapeless[bpe]'."
+            f"GPT-2's kind of tokenizer needs the tokenizers library: {install('bpe')}."
         ) from None
     return tokenizers
 

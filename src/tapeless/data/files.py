@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tapeless.data.shards import FORMATS, OTHERS, is_npy, magic_number
-from tapeless.errors import DataError
+from tapeless.errors import DataError, argument
 
 KINDS = (".bin", ".npy")
 # shakespeare_train.bin, fineweb_val_000000.bin, train.bin, fineweb-train-1.bin, edufineweb_train_000001.npy,
@@ -165,7 +165,7 @@ def _only(sets: list[Set], source: Path, paired: bool) -> TokenFiles | None:
         if len(elsewhere) > 1:
             raise DataError(
                 f"{root} has several sets to validate on that go with {train[0]}: "
-                f"{_listed(files[0] for files in elsewhere)}. Choose one, as --val when training."
+                f"{_listed(files[0] for files in elsewhere)}. Choose one, as {argument('val')} when training."
             )
         val = elsewhere[0] if elsewhere else []
     return TokenFiles(name or folder.name, train, val)

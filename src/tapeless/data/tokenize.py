@@ -20,7 +20,7 @@ from tapeless.data.shards import MOST, OTHERS, ShardWriter, magic_number
 from tapeless.data.texts import BLOCK, Texts
 from tapeless.data.tokenizers import CharTokenizer, Tokenizer, find_tokenizer, read_tokenizer
 from tapeless.data.workers import documents, encoded, trained
-from tapeless.errors import DataError
+from tapeless.errors import DataError, argument
 from tapeless.machine import processors
 
 TOKENIZER = "tokenizer.json"
@@ -80,7 +80,7 @@ def tokenize(
     if processes is not None:
         whole("processes", processes, 1, 1024)
     if (tokenizer is None) == (train_bpe is None):
-        raise DataError("give either --tokenizer or --train-bpe.")
+        raise DataError(f"give either {argument('tokenizer')} or {argument('train_bpe')}.")
     if train_bpe is not None:
         whole("train_bpe", train_bpe, LEAST, MAX_VOCAB)
     source = Texts(texts, val_fraction, lines)
@@ -102,7 +102,7 @@ def tokenize(
                 for split in splits:
                     split.abandon()
             if not counts[0]:
-                raise DataError("there is no text left to train on: hold out less (--val-fraction).")
+                raise DataError(f"there is no text left to train on: lower {argument('val_fraction')}.")
             (part / TOKENIZER).write_text(json.dumps(used.to_dict(), ensure_ascii=False) + "\n", "utf-8")
             shards = _publish(part, out, name, counts)
     finally:
@@ -146,7 +146,9 @@ def _refuse_tokenizer(out: Path, name: str, tokenizer: Tokenizer, overwrite: boo
     if read_tokenizer(there).token_bytes() != tokenizer.token_bytes():
         if others:
             raise DataError(f"{there} is another tokenizer, which {others[0]} needs: choose another folder.")
-        raise DataError(f"{there} is another tokenizer: choose another folder, or --overwrite.")
+        raise DataError(
+            f"{there} is another tokenizer: choose another folder, or {argument('overwrite', True)}."
+        )
 
 
 # ---------------------------------------------------------------- shards
@@ -206,7 +208,9 @@ def _refuse(out: Path, name: str, overwrite: bool) -> None:
         raise DataError(f"{there} is a file; expected a folder for the shards.")
     existing = _existing(out, name)
     if existing and not overwrite:
-        raise DataError(f"{existing[0]} already exists: choose another folder, or --overwrite.")
+        raise DataError(
+            f"{existing[0]} already exists: choose another folder, or {argument('overwrite', True)}."
+        )
     # Of the same data set, though tokenize never wrote it: both would be trained on.
     for path in sorted(out.glob("*")):
         if path not in existing and (match := NAME.fullmatch(path.name)) and match["name"] == name:

@@ -232,7 +232,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return tokenizer_from_dict(content)
     except DataError as error:
-        raise DataError(f"{path} is no tokenizer that can be used: {error}") from None
+        raise DataError(f"{path} cannot be used: {error}") from None
 
 
 def _regular(path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from tapeless.data.bpe import BPETokenizer, library, train_bpe
 from tapeless.data.texts import Block
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
-from tapeless.errors import DataError
+from tapeless.errors import DataError, argument
 
 TOKENS, ERROR = b"\0", b"\1"  # what an answer begins with
 
@@ -116,7 +116,10 @@ def _send(connection: Any, content: bytes) -> None:
     try:
         connection.send_bytes(content)
     except OSError:
-        raise DataError(_DIED) from None
+        raise DataError(
+            "a process that tokenizes has died, perhaps for lack of memory: try less text, or fewer "
+            f"processes ({argument('processes')})."
+        ) from None
 
 
 def _tokens(connection: Any) -> np.ndarray:
@@ -127,13 +130,13 @@ def _answer(connection: Any) -> bytes:
     try:
         answer = connection.recv_bytes()
     except (EOFError, OSError):
-        raise DataError(_DIED) from None
+        raise DataError(
+            "a process that tokenizes has died, perhaps for lack of memory: try less text, or fewer "
+            f"processes ({argument('processes')})."
+        ) from None
     if answer[:1] == ERROR:
         raise DataError(answer[1:].decode())
     return answer
-
-
-_DIED = "a process that tokenizes has died, perhaps for lack of memory: try fewer --processes, or less text."
 
 
 def _work(connection: Any, description: str, lines: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tapeless.errors import RunError
+from tapeless.errors import RunError, argument
 from tapeless.export.weights import number
 from tapeless.io import runs
 
@@ -87,7 +87,8 @@ def refuse(out: Path, overwrite: bool) -> None:
         raise RunError(f"{out} is a file; expected a folder for the program.")
     if out.is_dir() and not overwrite and any(out.iterdir()):
         raise RunError(
-            f"{out} is there already: replace its files with --overwrite, or choose another folder."
+            f"{out} already exists: replace its files with {argument('overwrite', True)}, or choose another "
+            "folder."
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tapeless import plan
 from tapeless.config import GPTConfig, whole
 from tapeless.data.tokenizers import Numbers, Tokenizer
-from tapeless.errors import ConfigError, RunError, did_you_mean
+from tapeless.errors import ConfigError, RunError, argument, did_you_mean
 from tapeless.export.trace import Trace, record
 from tapeless.init import generator, generator_name
 from tapeless.io import runs
@@ -132,10 +132,10 @@ def prepare(
 
 def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
     model = load(source, "reference", dtype="float32")
-    training = _training_of(source)
+    training = training_of(source)
     given = {name: settings[name] for name in settings if name in ("temperature", "max_tokens", "samples")}
     if other := sorted(settings.keys() - given.keys()):
-        raise ConfigError(f"{other[0]} changes nothing in a trained model that generates: leave it out.")
+        raise ConfigError(f"{other[0]} cannot be changed in a trained model.")
     config = _on_chip(model.config)
     random = generator_name(config)
     return Firmware(
@@ -190,7 +190,7 @@ def _about(source: str) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _training_of(source: str) -> Training:
+def training_of(source: str) -> Training:
     """How a run was trained, and so how it generates; of another model, as it would be trained further."""
     about = _about(source)
     if "training" not in about:
@@ -207,7 +207,7 @@ def data_of(source: str) -> str:
     """What a run was trained on."""
     data = _about(source).get("data")
     if not isinstance(data, str):
-        raise RunError(f"{source} does not say what it was trained on: give --data.")
+        raise RunError(f"{source} does not say what it was trained on: give {argument('data')}.")
     return data
 
 

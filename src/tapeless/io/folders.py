@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tapeless.errors import RunError
+from tapeless.errors import RunError, argument
 from tapeless.io.lock import Lock, Locked
 from tapeless.io.runs import (
     BEST,
@@ -36,7 +36,10 @@ def refuse(folder: Path, overwrite: bool) -> None:
     if not _holds_a_run(folder):
         return
     if not overwrite:
-        raise RunError(f"{folder} already holds a run: go on with --resume, or replace it with --overwrite.")
+        raise RunError(
+            f"{folder} already holds a run: go on with {argument('resume', True)}, or replace it with "
+            f"{argument('overwrite', True)}."
+        )
     try:
         ours = "tapeless" in read_json(folder / CONFIG)
     except (RunError, TypeError):

@@ -10,7 +10,7 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 from tapeless.data.bpe import BPETokenizer
-from tapeless.errors import ConfigError
+from tapeless.errors import ConfigError, install
 from tapeless.io import gpt2
 from tapeless.io.runs import write_file
 from tapeless.io.tensors import Checkpoint, write_array
@@ -38,7 +38,7 @@ def write_model(path: Path, model: Checkpoint, dtype: np.dtype) -> Vocabulary | 
     try:
         import gguf
     except ImportError:
-        raise ConfigError("GGUF needs the gguf package: pip install 'tapeless[gguf]'.") from None
+        raise ConfigError(f"GGUF needs the gguf package: {install('gguf')}.") from None
 
     model = gpt2.as_gpt2(model, "GGUF's gpt2")
     config, shapes = model.config, gpt2.shapes(model.config)

@@ -4,7 +4,7 @@ config.json          model and training settings, data, seed, engine
 tokenizer.json       the tokenizer
 model.safetensors    the parameters by name
 state.safetensors    everything needed to go on: parameters, moments, step, random state
-metrics.jsonl        one object a logged step: step (from 1), loss, lr, and at evaluations val_loss
+metrics.jsonl        one object a logged step: step (from 1), loss, lr, and at validations val_loss
 samples.txt          texts generated at the end
 samples.jsonl        with sample_every, one object each time: step, samples
 best/                the model that was best in validation, as a folder of its own

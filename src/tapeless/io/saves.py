@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tapeless.errors import Notice, RunError
+from tapeless.errors import Notice, RunError, argument
 from tapeless.io import folders, runs
 from tapeless.io.runs import (
     CHECKPOINTS,
@@ -161,7 +161,10 @@ def newest(folder: Path, kind: str) -> Path:
             break
     if problems:
         others = "" if len(problems) == 1 else f", and so are the {len(problems) - 1} before it"
-        raise RunError(f"{problems[0]}{others}: restore a copy of the run, or train anew with --overwrite.")
+        raise RunError(
+            f"{problems[0]}{others}: restore a copy of the run, or train anew with "
+            f"{argument('overwrite', True)}."
+        )
     return folder
 
 
