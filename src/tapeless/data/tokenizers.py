@@ -191,6 +191,12 @@ def tokenizer_from_dict(data: Any) -> Tokenizer:
     return CharTokenizer(chars, bos, fold)
 
 
+def is_padded(rows: int, tokens: int) -> bool:
+    """Whether a model of so many rows may be one for this many tokens, with rows added to make their number
+    a multiple of a power of two up to 1,024."""
+    return any(rows == -(-tokens // 2**n) * 2**n for n in range(11))
+
+
 def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer file of a folder: of `FILES`, the first that is there."""
     return next((folder / name for name in FILES if (folder / name).is_file()), None)

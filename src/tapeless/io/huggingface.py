@@ -15,6 +15,7 @@ import numpy as np
 from tapeless.config import GPTConfig
 from tapeless.data.bpe import BPETokenizer
 from tapeless.data.tokenizers import find_tokenizer
+from tapeless.ends import Ends
 from tapeless.errors import ConfigError, RunError
 from tapeless.io import gpt2, safetensors
 from tapeless.io.runs import (
@@ -22,6 +23,7 @@ from tapeless.io.runs import (
     MODEL,
     TOKENIZER,
     content_of_tokenizer,
+    ends_of,
     read_json,
     write_content,
     write_json,
@@ -29,6 +31,7 @@ from tapeless.io.runs import (
 from tapeless.io.tensors import Checkpoint, Part, Stored
 
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     TOKENIZER,
     "tokenizer_config.json",
@@ -36,7 +39,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    "chat_template.jinja",
+    GENERATION,
 )
 FILES = (CONFIG, MODEL, INDEX, "model-*-of-*.safetensors", *TOKENIZER_FILES)  # of all on the hub
 # What must stand in config.json, or not at all. The first is GPT-2's; the others are the same.
@@ -57,7 +61,6 @@ SIZES = {  # GPTConfig's names, and Hugging Face's with their defaults
     "norm_eps": ("layer_norm_epsilon", 1e-5),
 }
 LAYERED = re.compile(r"h\.(\d{1,9})\.")
-ENDS = ("bos_token_id", "eos_token_id")
 IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")  # masks; the tied head
 
 
@@ -98,8 +101,19 @@ def open_model(folder: Path) -> Checkpoint:
     if unknown:
         raise RunError(f"{folder} has a tensor {unknown[0]!r} that is no part of GPT-2.")
     format = f"Hugging Face, {', '.join(sorted(numbers))}"
-    ends = {name: about[name] for name in ENDS if name in about}
-    return Checkpoint(folder, format, config, tensors, folder, ends=ends)
+    return Checkpoint(folder, format, config, tensors, folder, ends=_ends(folder, about))
+
+
+def _ends(folder: Path, about: dict[str, Any]) -> Ends:
+    """The tokens that begin and end a text: generation_config.json's, and what it does not name config.json's."""
+    ends = ends_of(folder / CONFIG, about)
+    path = folder / GENERATION
+    if not path.exists():
+        return ends
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise RunError(f"{path} is damaged: expected a JSON object.")
+    return ends_of(path, settings).or_else(ends)
 
 
 def _config(path: Path, about: dict[str, Any]) -> GPTConfig:
@@ -194,6 +208,7 @@ def _about(model: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
     """What config.json says. Without a tokenizer, only GPT-2's own vocabulary is known to have an end."""
     c = model.config
     end = model.tokenizer.bos if model.tokenizer else 50256 if c.vocab == 50257 else None
+    ends = model.ends.or_else(Ends(end, None if end is None else (end,)))
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -202,6 +217,7 @@ def _about(model: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
         **{theirs: getattr(c, ours) for ours, (theirs, _) in SIZES.items()},
         "n_inner": None if c.n_hidden == 4 * c.n_embd else c.n_hidden,
         **{name: values[0] for name, values in SETTINGS.items()},
-        **dict.fromkeys(ENDS, end),
-        **model.ends,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **ends.to_dict(),
     }

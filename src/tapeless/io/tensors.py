@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer
+from tapeless.ends import Ends
 from tapeless.errors import RunError
 
 BLOCK = 4 << 20  # bytes read at a time
@@ -116,8 +117,8 @@ class Checkpoint:
     """A model in files, whose sizes have been compared with its config.
 
     `tensors` has every parameter by our name, in parts along its first axis; `folder` is where files
-    of its tokenizer may lie, `tokenizer` what was read of them; `ends` the ids of the first and last
-    token of a text, by Hugging Face's names, where the model's config tells them.
+    of its tokenizer may lie, `tokenizer` what was read of them; `ends` the tokens that begin and end a
+    text, where the model's files name them.
     """
 
     path: Path
@@ -126,7 +127,7 @@ class Checkpoint:
     tensors: Mapping[str, Sequence[Part]]
     folder: Path
     tokenizer: Tokenizer | None = None
-    ends: Mapping[str, Any] = field(default_factory=dict)
+    ends: Ends = Ends()
 
     @property
     def own_folder(self) -> bool:
