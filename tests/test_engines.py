@@ -330,7 +330,14 @@ def test_long_prompts_are_read_in_pieces(heads, threads):
     rng = np.random.default_rng(heads)
     for length in (1, 2, 9, 64, 65, 66, 67, 129, 130, 138, 140, 150):
         prompt, uniforms = rng.integers(0, config.vocab, length).tolist(), rng.random(6)
-        options = {"eos": [], "drawn": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "uniforms": uniforms}
+        options = {
+            "eos": [],
+            "drawn": None,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "uniforms": uniforms,
+        }
         rows, used, margin = generate_slowly(exact, prompt, 2, 3, **options)
         assert margin > 1e-5, "another seed, please: float32 may choose the neighbour here"
         for model in (exact, cpu):

@@ -8,27 +8,27 @@ from typing import Any, NamedTuple
 from tapeless.config import whole
 
 LARGEST = 2**31 - 1  # id in a file
+NAMES = {"bos": "bos_token_id", "eos": "eos_token_id"}  # in Hugging Face's files
 
 
 class Ends(NamedTuple):
-    """`bos` begins a text; each of `eos` ends one, () for none. None: not named, so the tokenizer decides.
+    """`bos` begins a text, each of `eos` ends one. () says that there is none; None says nothing, so that the
+    tokenizer decides.
 
-    The ids are those of the file, which may lie beyond the vocabulary: see `within`.
+    The ids are those of a file, which may lie beyond the vocabulary: see `within`.
     """
 
-    bos: int | None = None
+    bos: tuple[int, ...] | None = None
     eos: tuple[int, ...] | None = None
 
     def within(self, vocab_size: int) -> Ends:
         """Without ids that the vocabulary does not have: such a token is never generated."""
-        bos = self.bos if self.bos is not None and self.bos < vocab_size else None
-        eos = tuple(id for id in self.eos or () if id < vocab_size)
-        return Ends(bos, eos if eos or not self.eos else None)
+        kept = [ids and tuple(id for id in ids if id < vocab_size) for ids in self]
+        return Ends(*(new if new or not old else None for old, new in zip(self, kept, strict=True)))
 
     def or_else(self, other: Ends) -> Ends:
-        """These, and what `other` names where these do not."""
-        bos = other.bos if self.bos is None else self.bos
-        return Ends(bos, other.eos if self.eos is None else self.eos)
+        """These, and what `other` says where these say nothing."""
+        return Ends(*(ours if ours is not None else theirs for ours, theirs in zip(self, other, strict=True)))
 
     def also(self, id: int | None) -> Ends:
         """With one more token that ends a text, where any are named."""
@@ -37,29 +37,24 @@ class Ends(NamedTuple):
         return self._replace(eos=(*self.eos, id))
 
     def to_dict(self) -> dict[str, Any]:
-        """By the names in Hugging Face's files; nothing where nothing is named."""
-        named: dict[str, Any] = {}
-        if self.bos is not None:
-            named["bos_token_id"] = self.bos
-        if self.eos is not None:
-            named["eos_token_id"] = self.eos[0] if len(self.eos) == 1 else list(self.eos)
-        return named
+        """By the names in Hugging Face's files; nothing where nothing is said."""
+        said = {NAMES[field]: list(ids) for field, ids in self._asdict().items() if ids is not None}
+        return {name: ids if len(ids) > 1 else ids[0] if ids else None for name, ids in said.items()}
 
     @classmethod
     def from_dict(cls, about: Mapping[str, Any]) -> Ends:
-        """Read `bos_token_id` and `eos_token_id`, one id or a list. Negative ids stand for none.
+        """Read `bos_token_id`, an id, and `eos_token_id`, one or a list. Negative ids stand for none.
 
-        Raises `ConfigError` for anything but ids.
+        Raises `ConfigError` for anything else.
         """
-        begins = _ids("bos_token_id", [about.get("bos_token_id")])
-        eos = about.get("eos_token_id")
-        ends = _ids("eos_token_id", eos if isinstance(eos, list) else [eos])
-        return cls(begins[0] if begins else None, None if eos is None else ends)
-
-
-def _ids(name: str, values: list[Any]) -> tuple[int, ...]:
-    ids = [whole(name, value, -LARGEST, LARGEST) for value in values if value is not None]
-    return tuple(dict.fromkeys(id for id in ids if id >= 0))
+        said: dict[str, tuple[int, ...]] = {}
+        for field, name in NAMES.items():
+            if name in about:
+                value = about[name]
+                several = value if field == "eos" and isinstance(value, list) else [value]
+                ids = [whole(name, id, -LARGEST, LARGEST) for id in several if id is not None]
+                said[field] = tuple(dict.fromkeys(id for id in ids if id >= 0))
+        return cls(**said)
 
 
 def eos_ids(value: Any, vocab_size: int) -> tuple[int, ...]:

@@ -34,9 +34,9 @@ def generate(
 ) -> Iterator[str]:
     """Yield `n` texts that begin with `prompt`, each as soon as it is complete.
 
-    A text ends before one of `eos_token_id` (None: the model's, see `GPT.eos_token_id`), or after `max_tokens`
-    new tokens. It begins with the model's `bos_token_id`; where there is none, an empty prompt is a line end.
-    A prompt follows BOS only if the tokenizer has a token between documents.
+    A text ends before one of `eos_token_id` (None: the model's), or after `max_tokens` new tokens. It begins
+    with the model's `bos_token_id`; where there is none, an empty prompt is a line end. A prompt follows
+    that token only if the tokenizer has a BOS of its own.
     Without a tokenizer, texts are tokens as numbers; so is the prompt where the tokenizer cannot encode.
     Ids that the tokenizer does not have (of a padded vocabulary) are never drawn.
 

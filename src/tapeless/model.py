@@ -82,12 +82,14 @@ class GPT:
     @property
     def bos_token_id(self) -> int | None:
         """The token that begins a text: what was set, or else the tokenizer's. None: there is none."""
-        return self.tokenizer.bos if self.ends.bos is None and self.tokenizer else self.ends.bos
+        if self.ends.bos is not None:
+            return self.ends.bos[0] if self.ends.bos else None
+        return self.tokenizer.bos if self.tokenizer else None
 
     @bos_token_id.setter
     def bos_token_id(self, id: int | None) -> None:
-        id = None if id is None else whole("bos_token_id", id, 0, self.config.vocab - 1)
-        self.ends = self.ends._replace(bos=id)
+        bos = None if id is None else (whole("bos_token_id", id, 0, self.config.vocab - 1),)
+        self.ends = self.ends._replace(bos=bos)
 
     @property
     def eos_token_id(self) -> tuple[int, ...]:

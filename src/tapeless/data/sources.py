@@ -58,8 +58,8 @@ def open_data(
 
     `tokenizer` is one, `owner`'s, or the kind of one (see `make_tokenizer`), or None if it is not known;
     token files may have theirs beside them, which must be the same. `vocab_size` may be larger than the
-    tokenizer's, which is its default; where nobody knows the tokenizer it is `usual_vocab`. `lines`: each line of a text is a
-    document; what of it is longer than `longest` tokens is cut off.
+    tokenizer's, which is its default; where nobody knows the tokenizer it is `usual_vocab`. `lines`: each
+    line of a text is a document; what of it is longer than `longest` tokens is cut off.
 
     Raises `DataError` for what cannot be read, `ConfigError` for vocabularies that differ.
     """

@@ -105,7 +105,7 @@ def open_model(folder: Path) -> Checkpoint:
 
 
 def _ends(folder: Path, about: dict[str, Any]) -> Ends:
-    """The tokens that begin and end a text: generation_config.json's, and what it does not name config.json's."""
+    """The tokens that begin and end a text: those of generation_config.json, or else of config.json."""
     ends = ends_of(folder / CONFIG, about)
     path = folder / GENERATION
     if not path.exists():
@@ -208,7 +208,8 @@ def _about(model: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
     """What config.json says. Without a tokenizer, only GPT-2's own vocabulary is known to have an end."""
     c = model.config
     end = model.tokenizer.bos if model.tokenizer else 50256 if c.vocab == 50257 else None
-    ends = model.ends.or_else(Ends(end, None if end is None else (end,)))
+    own = None if end is None else (end,)
+    ends = model.ends.or_else(Ends(own, own))
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -127,7 +127,7 @@ class Checkpoint:
     tensors: Mapping[str, Sequence[Part]]
     folder: Path
     tokenizer: Tokenizer | None = None
-    ends: Ends = Ends()
+    ends: Ends = field(default_factory=Ends)
 
     @property
     def own_folder(self) -> bool:
