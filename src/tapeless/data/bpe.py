@@ -101,14 +101,17 @@ class BPETokenizer:
         with _no_panic():
             return self._library.decode(known, skip_special_tokens=False)
 
+    def spelled(self) -> list[str]:
+        """Each token as the vocabulary has it; "" for an id that no token has."""
+        return [self._library.id_to_token(t) or "" for t in range(self.vocab_size)]
+
     def token_bytes(self) -> list[bytes]:
         """An id that no token has stands for no bytes."""
-        spelled = [self._library.id_to_token(t) or "" for t in range(self.vocab_size)]
         bytes_of = _alphabet()
         # As the library decodes: a token of other letters, which was added, stands for its own text.
         return [
             b"".join([bytes_of[c] for c in token]) if bytes_of.keys() >= set(token) else token.encode()
-            for token in spelled
+            for token in self.spelled()
         ]
 
     def to_dict(self) -> dict[str, Any]:

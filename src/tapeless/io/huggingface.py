@@ -14,6 +14,7 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 from tapeless.data.bpe import BPETokenizer
+from tapeless.data.table import GPT2_END, GPT2_TOKENS
 from tapeless.data.tokenizers import find_tokenizer
 from tapeless.ends import Ends
 from tapeless.errors import ConfigError, RunError
@@ -32,9 +33,10 @@ from tapeless.io.tensors import Checkpoint, Part, Stored
 
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     TOKENIZER,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -199,17 +201,41 @@ def _write_tokenizer(folder: Path, model: Checkpoint) -> None:
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     if isinstance(tokenizer, BPETokenizer) and find_tokenizer(folder) is None:
-        write_content(
-            folder / TOKENIZER, content_of_tokenizer(tokenizer)
-        )  # it lay beside the model, or in files of other names
+        # It lay beside the model, or in files of other names.
+        write_content(folder / TOKENIZER, content_of_tokenizer(tokenizer))
+    about = folder / TOKENIZER_CONFIG
+    if isinstance(tokenizer, BPETokenizer) and (folder / TOKENIZER).exists() and not about.exists():
+        write_json(about, _about_tokenizer(tokenizer, model))
+
+
+def _about_tokenizer(tokenizer: BPETokenizer, model: Checkpoint) -> dict[str, Any]:
+    """What tokenizer_config.json says. Without it, transformers would take the vocabulary and the merges of
+    tokenizer.json, and nothing else of it."""
+    ends, spelled = _ends_written(model), tokenizer.spelled()
+    named = {
+        role: spelled[ids[0]]
+        for role, ids in (("bos_token", ends.bos), ("eos_token", ends.eos))
+        if ids and ids[0] < len(spelled)
+    }
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.block_size,
+        "clean_up_tokenization_spaces": False,
+        **named,
+    }
+
+
+def _ends_written(model: Checkpoint) -> Ends:
+    """The tokens that begin and end a text. Without a tokenizer, only GPT-2's own vocabulary is known to have
+    an end."""
+    end = model.tokenizer.bos if model.tokenizer else GPT2_END if model.config.vocab == GPT2_TOKENS else None
+    own = None if end is None else (end,)
+    return model.ends.or_else(Ends(own, own))
 
 
 def _about(model: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
-    """What config.json says. Without a tokenizer, only GPT-2's own vocabulary is known to have an end."""
+    """What config.json says."""
     c = model.config
-    end = model.tokenizer.bos if model.tokenizer else 50256 if c.vocab == 50257 else None
-    own = None if end is None else (end,)
-    ends = model.ends.or_else(Ends(own, own))
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -220,5 +246,5 @@ def _about(model: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
         **{name: values[0] for name, values in SETTINGS.items()},
         "bos_token_id": None,
         "eos_token_id": None,
-        **ends.to_dict(),
+        **_ends_written(model).to_dict(),
     }

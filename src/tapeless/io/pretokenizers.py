@@ -36,6 +36,7 @@ DEEPSEEK_V3 = (
 DEEPSEEK_CODER = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")
 DIGIT, DIGITS, PUNCTUATION = r"\p{N}", r"\p{N}+", "runs of punctuation"
 BYTES = "bytes"  # from here on letters stand for bytes
+COMPARED = 10_000_000  # characters
 
 # By the steps, and whether words of the vocabulary are taken whole (ignore_merges).
 NAMES: dict[tuple[tuple[str, ...], bool], str] = {
@@ -120,6 +121,8 @@ def _crossing(added: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
     """Return two added tokens that llama.cpp finds otherwise where one begins within the other: it looks for
     the longest first, the tokenizer for what comes first, and for normalized tokens last."""
     tokens = sorted((token["content"] for token in added), key=len, reverse=True)
+    if sum(len(token) ** 2 for token in tokens) > COMPARED:
+        raise ConfigError(_differs("its added tokens are too long to be compared with each other"))
     normalized = {token["content"] for token in added if token.get("normalized")}
     theirs = [[token] for token in tokens]
     ours = [[token for token in tokens if (token in normalized) == last] for last in (False, True)]
