@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -318,17 +319,13 @@ def vocab_and_merges(data: bytes, folder: Path) -> None:
 
 def _added(folder: Path) -> list[bytes]:
     flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False, "special": True}
-    listed = {"4": {"content": "<a>"} | flags, "5": {"content": "b"} | flags}
+    listed = {"4": {"content": "<a>"} | flags, "5": {"content": "<b>"} | flags}
     older = {
         "added_tokens.json": {"<a>": 4, "<b>": 5},
         "special_tokens_map.json": {"pad_token": "<a>", "eos_token": {"content": "<b>"} | flags},
         "tokenizer_config.json": {"add_prefix_space": True, "additional_special_tokens": ["<c>"]},
     }
-    config = {
-        "added_tokens_decoder": listed,
-        "bos_token": "ab",
-        "extra_special_tokens": {"image_token": "<i>"},
-    }
+    config = {"added_tokens_decoder": listed, "bos_token": "ab", "extra_special_tokens": {"i": "<i>"}}
     return [json.dumps(each).encode() for each in (older, {"tokenizer_config.json": config})]
 
 
@@ -397,7 +394,7 @@ def _nodes(value: Any, out: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 def _change_json(content: Any, chance: random.Random) -> Any:
     nodes = _nodes(content, [])
     if not nodes or chance.random() < 0.02:
-        return chance.choice(VALUES)
+        return deepcopy(chance.choice(VALUES))
     holder, key = chance.choice(nodes)
     what = chance.random()
     if what < 0.15:
@@ -410,7 +407,7 @@ def _change_json(content: Any, chance: random.Random) -> Any:
     elif what < 0.5 and isinstance(holder[key], int):
         holder[key] += chance.choice([-1, 1, 4, 1 << chance.randrange(64)])
     else:
-        holder[key] = chance.choice(VALUES)
+        holder[key] = deepcopy(chance.choice(VALUES))  # what is changed next may be within it
     return content
 
 
