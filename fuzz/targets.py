@@ -325,13 +325,13 @@ def _added(folder: Path) -> list[bytes]:
         "special_tokens_map.json": {"pad_token": "<a>", "eos_token": {"content": "<b>"} | flags},
         "tokenizer_config.json": {"add_prefix_space": True, "additional_special_tokens": ["<c>"]},
     }
-    config = {"added_tokens_decoder": listed, "bos_token": "ab", "extra_special_tokens": {"i": "<i>"}}
-    return [json.dumps(each).encode() for each in (older, {"tokenizer_config.json": config})]
+    newer = {"added_tokens_decoder": listed, "bos_token": "ab", "extra_special_tokens": {"i": "<i>"}}
+    return [json.dumps(each).encode() for each in (older, {"tokenizer_config.json": newer})]
 
 
 @target(_added, "json")
 def added_tokens(data: bytes, folder: Path) -> None:
-    """What lies beside vocab.json and merges.txt: files as a JSON object, by name; or one that is not JSON."""
+    """What lies beside vocab.json and merges.txt: files by name in a JSON object, or one that is not JSON."""
     here = folder / "added"
     here.mkdir(exist_ok=True)
     (here / "vocab.json").write_bytes(b'{"a": 0, "b": 1, "\xc4\xa0": 2, "ab": 3}')
