@@ -288,7 +288,7 @@ def remove_checkpoints(folder: Path) -> None:
 def read_json(path: Path) -> Any:
     try:
         file_size(path)  # refuses a pipe
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise RunError(f"{path.parent} has no {path.name}: it is not a run folder, or incomplete.") from None
     except (ValueError, RecursionError):
