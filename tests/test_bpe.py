@@ -594,8 +594,8 @@ SHAPE = {"block_size": 8, "n_embd": 8, "n_head": 2}
 
 def test_a_model_speaks_its_tokenizer(small, tmp_path):
     config = tl.GPTConfig(vocab_size=270, **SHAPE)
-    with pytest.raises(ConfigError, match="tokenizer has 270 tokens, the config 271"):
-        tl.GPT(config.replace(vocab_size=271), engine="reference", tokenizer=small)
+    with pytest.raises(ConfigError, match="tokenizer has 270 tokens, but the model only 269"):
+        tl.GPT(config.replace(vocab_size=269), engine="reference", tokenizer=small)
     model = tl.GPT(config, engine="reference", tokenizer=small)
     text = model.generate("whether", n=1, seed=1)[0]
     assert text.startswith("whether")

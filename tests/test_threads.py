@@ -217,7 +217,7 @@ def test_threads_generate_the_same_together(config):
         engine = tl.GPT(config, None, threads=threads).engine
         engine.params[:] = random_model(config, "reference").engine.params
         uniforms = np.random.default_rng(0).random(400)
-        rows, used = engine.generate([1, 2], 10, 40, uniforms, stop=0, top_k=7)
+        rows, used = engine.generate([1, 2], 10, 40, uniforms, eos=[0], top_k=7)
         texts.append(([row.tolist() for row in rows], used))
     assert texts[0] == texts[1] == texts[2]
 

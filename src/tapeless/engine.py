@@ -368,12 +368,15 @@ class Engine:
         max_tokens: int,
         uniforms: np.ndarray,
         *,
-        stop: int = -1,
+        eos: Sequence[int] = (),
+        drawn: int | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> tuple[list[np.ndarray], int]:
         """`n` continuations of the prompt of at most `max_tokens`, and how many uniforms were used.
+
+        A text ends before any of `eos`. Only the first `drawn` ids are drawn; None is the whole vocabulary.
 
         Compiled code hears no Ctrl-C, so it comes back every now and then."""
         length, at_once = len(prompt), max(1, GENERATING // self.params.size)
@@ -382,8 +385,9 @@ class Engine:
             np.zeros(n, np.int32),
             uniforms,
             np.array([0, length, 0, 0]),
-            np.empty(self.config.vocab),
-            np.array([length, stop, at_once, temperature, top_k, top_p], np.float64),
+            np.empty(self.config.vocab if drawn is None else drawn),
+            np.array(list(eos) or [-1], np.int64),
+            np.array([length, at_once, temperature, top_k, top_p], np.float64),
         )
         out.tokens[:, :length] = prompt
         self._decoding[0][1].arrivals[:] = 0

@@ -273,7 +273,8 @@ class Job:
     def _contents(self, about: dict[str, Any]) -> dict[str, runs.Content]:
         """What the model's files hold now."""
         params = runs.content_of_tensors(dict(self.model.params))
-        return runs.contents_of_model(self.model.config, self.model.tokenizer, params, about)
+        model = self.model
+        return runs.contents_of_model(model.config, model.tokenizer, model.ends, params, about)
 
     @contextmanager
     def told(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from tapeless.data.documents import BUILT_IN
 from tapeless.data.orders import Tokens, make_order
 from tapeless.data.sources import Data, are_tokens, open_data
 from tapeless.data.tokenizers import MADE, CharTokenizer
+from tapeless.ends import Ends
 from tapeless.engine import check_engine
 from tapeless.errors import ConfigError, RunError, argument
 from tapeless.init import MAX_SEED, generator
@@ -45,7 +46,8 @@ class Plan(NamedTuple):
     engine: str
     dtype: str | None
     threads: int | None
-    vocab_size: int | None = None  # as the data must have it
+    vocab_size: int | None = None  # the model's; its tokenizer may have fewer
+    ends: Ends = Ends()  # of texts, where not the tokenizer's
     pretrained: str | None = None  # where the weights came from
     checkpoint: Checkpoint | None = None
     folder: Path | None = None  # of the saved run
@@ -89,7 +91,8 @@ def fresh(
     if checkpoint is None:
         return plan
     vocab_size, path = checkpoint.config.vocab, str(checkpoint.path)
-    return plan._replace(vocab_size=vocab_size, pretrained=path, checkpoint=checkpoint)
+    ends = checkpoint.ends.within(vocab_size)
+    return plan._replace(vocab_size=vocab_size, ends=ends, pretrained=path, checkpoint=checkpoint)
 
 
 def _finetuning(
@@ -160,6 +163,8 @@ def resumed(
             saved["engine"] if engine is None else engine,
             saved["dtype"] if engine is None and dtype is None else dtype,
             threads,
+            vocab_size=config.vocab,
+            ends=runs.ends_of(place / runs.CONFIG, saved).within(config.vocab),
             pretrained=saved["pretrained"],
             folder=folder,
             saved=place,
@@ -240,6 +245,8 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     model = GPT(
         config, weights, plan.engine, dtype=plan.dtype, threads=plan.threads, tokenizer=data.tokenizer
     )
+    # Training teaches that a document ends with the token between documents.
+    model.ends = plan.ends.also(data.tokenizer.bos if data.tokenizer else None)
     if plan.checkpoint is not None:
         plan.checkpoint.read_into(model.params)
     about = {

@@ -18,7 +18,7 @@ from tapeless.init import generator, generator_name
 from tapeless.io import runs
 from tapeless.job import Job
 from tapeless.layout import n_params
-from tapeless.model import load
+from tapeless.model import GPT, load
 from tapeless.presets import FINETUNING, Preset, presets
 from tapeless.settings import Training
 
@@ -45,6 +45,8 @@ class Firmware:
     config: GPTConfig
     training: Training
     tokenizer: Tokenizer | Numbers
+    start: int  # the token that texts begin after
+    eos: tuple[int, ...]  # tokens that end a text
     seed: int
     trains: bool
     generates: bool
@@ -119,6 +121,8 @@ def prepare(
         config=config,
         training=training,
         tokenizer=tokenizer,
+        start=_start(job.model),
+        eos=job.model.eos_token_id,
         seed=seed,
         trains=True,
         generates=mode == "both",
@@ -143,6 +147,8 @@ def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
         config=config,
         training=dataclasses.replace(training, **given),
         tokenizer=model.tokenizer or Numbers(config.vocab),
+        start=_start(model),
+        eos=model.eos_token_id,
         seed=seed,
         trains=False,
         generates=True,
@@ -153,6 +159,12 @@ def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
         random_state=generator(config, seed).state()["words"] if random == "numpy" else None,
         trace=record(config, training),
     )
+
+
+def _start(model: GPT) -> int:
+    """The token that texts begin after, as in `tapeless.generate`."""
+    tokenizer = model.tokenizer or Numbers(model.config.vocab)
+    return tokenizer.start if model.bos_token_id is None else model.bos_token_id
 
 
 def trace_of(source: str, settings: dict[str, Any]) -> Trace:

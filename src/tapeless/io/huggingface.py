@@ -16,7 +16,9 @@ import numpy as np
 
 from tapeless.config import MAX_SIZE, GPTConfig, whole
 from tapeless.data.bpe import BPETokenizer
+from tapeless.data.table import GPT2_END, GPT2_TOKENS
 from tapeless.data.tokenizers import find_tokenizer
+from tapeless.ends import Ends
 from tapeless.errors import ConfigError, Notice, RunError
 from tapeless.io import gpt2, safetensors
 from tapeless.io.runs import (
@@ -24,6 +26,7 @@ from tapeless.io.runs import (
     MODEL,
     TOKENIZER,
     content_of_tokenizer,
+    ends_of,
     read_json,
     write_content,
     write_json,
@@ -31,14 +34,17 @@ from tapeless.io.runs import (
 from tapeless.io.tensors import Checkpoint, Part, Stored, Transposed
 
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     TOKENIZER,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    "chat_template.jinja",
+    GENERATION,
 )
 FILES = (CONFIG, MODEL, INDEX, "model-*-of-*.safetensors", *TOKENIZER_FILES)  # of all on the hub
 # What must stand in config.json, or not at all. The first is GPT-2's; the others are the same.
@@ -103,7 +109,6 @@ OWN = {
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 PREFIXES = ("module", "model", "transformer")
 LAYERED = re.compile(r"h\.(\d{1,9})\.")
-ENDS = ("bos_token_id", "eos_token_id")
 IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # masks
 
 
@@ -160,15 +165,28 @@ def open_model(folder: Path) -> Checkpoint:
                 f"as transformers 5 does; older versions ignore it. Set {TIED} to false in {CONFIG}."
             )
             warnings.warn(Notice(text), stacklevel=2)
-    ends = {name: about[name] for name in ENDS if name in about}
     others = {name: value for name, value in about.items() if name not in OWN}
-    return Checkpoint(folder, "Hugging Face", config, tensors, folder, ends=ends, others=others)
+    return Checkpoint(
+        folder, "Hugging Face", config, tensors, folder, ends=_ends(folder, about), others=others
+    )
 
 
 def _same(a: Stored, b: Stored) -> bool:
     """Whether two tensors of one shape hold the same numbers."""
     pairs = zip(a.blocks(), b.blocks(), strict=False)
     return a.dtype == b.dtype and all(np.array_equal(x, y) for x, y in pairs)
+
+
+def _ends(folder: Path, about: dict[str, Any]) -> Ends:
+    """The tokens that begin and end a text: those of generation_config.json, or else of config.json."""
+    ends = ends_of(folder / CONFIG, about)
+    path = folder / GENERATION
+    if not path.exists():
+        return ends
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise RunError(f"{path} is damaged: expected a JSON object.")
+    return ends_of(path, settings).or_else(ends)
 
 
 def _config(path: Path, about: dict[str, Any]) -> GPTConfig:
@@ -295,15 +313,41 @@ def _write_tokenizer(folder: Path, model: Checkpoint) -> None:
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     if isinstance(tokenizer, BPETokenizer) and find_tokenizer(folder) is None:
-        write_content(
-            folder / TOKENIZER, content_of_tokenizer(tokenizer)
-        )  # it lay beside the model, or in files of other names
+        # It lay beside the model, or in files of other names.
+        write_content(folder / TOKENIZER, content_of_tokenizer(tokenizer))
+    about = folder / TOKENIZER_CONFIG
+    if isinstance(tokenizer, BPETokenizer) and (folder / TOKENIZER).exists() and not about.exists():
+        write_json(about, _about_tokenizer(tokenizer, model))
+
+
+def _about_tokenizer(tokenizer: BPETokenizer, model: Checkpoint) -> dict[str, Any]:
+    """What tokenizer_config.json says. Without it, transformers would take the vocabulary and the merges of
+    tokenizer.json, and nothing else of it."""
+    ends, spelled = _ends_written(model), tokenizer.spelled()
+    named = {
+        role: spelled[ids[0]]
+        for role, ids in (("bos_token", ends.bos), ("eos_token", ends.eos))
+        if ids and ids[0] < len(spelled)
+    }
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.block_size,
+        "clean_up_tokenization_spaces": False,
+        **named,
+    }
+
+
+def _ends_written(model: Checkpoint) -> Ends:
+    """The tokens that begin and end a text. Without a tokenizer, only GPT-2's own vocabulary is known to have
+    an end."""
+    end = model.tokenizer.bos if model.tokenizer else GPT2_END if model.config.vocab == GPT2_TOKENS else None
+    own = None if end is None else (end,)
+    return model.ends.or_else(Ends(own, own))
 
 
 def _about(model: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
-    """What config.json says. Without a tokenizer, only GPT-2's own vocabulary is known to have an end."""
+    """What config.json says."""
     c = model.config
-    end = model.tokenizer.bos if model.tokenizer else 50256 if c.vocab == 50257 else None
     return {
         **model.others,
         "architectures": ["GPT2LMHeadModel"],
@@ -314,6 +358,7 @@ def _about(model: Checkpoint, dtype: np.dtype) -> dict[str, Any]:
         "n_inner": None if c.n_hidden == 4 * c.n_embd else c.n_hidden,
         **{name: values[0] for name, values in SETTINGS.items()},
         TIED: c.tied,
-        **dict.fromkeys(ENDS, end),
-        **model.ends,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **_ends_written(model).to_dict(),
     }

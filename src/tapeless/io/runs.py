@@ -1,6 +1,7 @@
 """Run folders: what training leaves behind, and models loaded from it.
 
-config.json          model and training settings, data, seed, engine
+config.json          model and training settings, data, seed, engine; bos_token_id and eos_token_id where
+                     they are not the tokenizer's
 tokenizer.json       the tokenizer
 model.safetensors    the parameters by name
 state.safetensors    everything needed to go on: parameters, moments, step, random state
@@ -41,6 +42,7 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
+from tapeless.ends import Ends
 from tapeless.errors import ConfigError, DataError, RunError
 from tapeless.io import safetensors
 from tapeless.io.tensors import FLOAT, Checkpoint, Stored, check_fit
@@ -158,11 +160,12 @@ def save_model(
     folder: Path,
     config: GPTConfig,
     tokenizer: Tokenizer | None,
+    ends: Ends,
     params: dict[str, np.ndarray],
 ) -> None:
     """Write config.json, tokenizer.json and model.safetensors, in place of a run or model that is there.
     Raises `RunError` if that fails."""
-    _write_model(folder, config, tokenizer, content_of_tensors(params))
+    _write_model(folder, config, tokenizer, ends, content_of_tensors(params))
 
 
 def write_model(folder: Path, model: Checkpoint) -> None:
@@ -170,11 +173,13 @@ def write_model(folder: Path, model: Checkpoint) -> None:
     entries = [(name, FLOAT, shape) for name, shape in _shapes(model.config).items()]
     blocks = (block for name, *_ in entries for block in model.blocks(name, FLOAT))
     tensors: Content = lambda file: safetensors.write(file, entries, blocks, METADATA)  # noqa: E731
-    _write_model(folder, model.config, model.tokenizer, tensors)
+    _write_model(folder, model.config, model.tokenizer, model.ends.within(model.config.vocab), tensors)
 
 
-def _write_model(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, tensors: Content) -> None:
-    contents = contents_of_model(config, tokenizer, tensors, {})
+def _write_model(
+    folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, ends: Ends, tensors: Content
+) -> None:
+    contents = contents_of_model(config, tokenizer, ends, tensors, {})
     for name, content in contents.items():
         write_content(folder / name, content)
     if tokenizer is None:
@@ -183,14 +188,13 @@ def _write_model(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, t
 
 
 def contents_of_model(
-    config: GPTConfig, tokenizer: Tokenizer | None, tensors: Content, about: dict[str, Any]
+    config: GPTConfig, tokenizer: Tokenizer | None, ends: Ends, tensors: Content, about: dict[str, Any]
 ) -> dict[str, Content]:
     """What a model's files hold, by name."""
     from tapeless import __version__
 
-    contents = {
-        CONFIG: content_of_text(as_json({"tapeless": __version__, "model": config.to_dict(), **about}))
-    }
+    described = {"tapeless": __version__, "model": config.to_dict(), **ends.to_dict(), **about}
+    contents = {CONFIG: content_of_text(as_json(described))}
     if tokenizer is not None:
         contents[TOKENIZER] = content_of_tokenizer(tokenizer)
     return contents | {MODEL: tensors}
@@ -357,7 +361,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = tokenizer_from_dict(read_json(path))
     except DataError as error:
         raise RunError(f"{path} is damaged: {error}") from None
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:  # with fewer, the vocabulary is padded
         raise RunError(
             f"{path} has {tokenizer.vocab_size} tokens but the model of {folder / CONFIG} has "
             f"{vocab_size}: they are not of the same run."
@@ -368,11 +372,21 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
 def open_model(folder: Path, place: Path) -> Checkpoint:
     """The model of a run folder, and its tokenizer, whose files lie in `place`. Raises `RunError` if one
     is missing, damaged, or does not match the others."""
-    config, _ = read_config(place)
+    config, about = read_config(place)
     expected = {name: (shape, FLOAT) for name, shape in _shapes(config).items()}
     tensors = open_tensors(place / MODEL, expected)
     parts = {name: [tensors[name]] for name in expected}
-    return Checkpoint(folder, "a run of tapeless", config, parts, folder, read_tokenizer(place, config.vocab))
+    tokenizer = read_tokenizer(place, config.vocab)
+    ends = ends_of(place / CONFIG, about)
+    return Checkpoint(folder, "a run of tapeless", config, parts, folder, tokenizer, ends)
+
+
+def ends_of(path: Path, about: Mapping[str, Any]) -> Ends:
+    """The tokens that begin and end a text, of what a file holds. Raises `RunError` if they are no ids."""
+    try:
+        return Ends.from_dict(about)
+    except ConfigError as error:
+        raise RunError(f"{path} cannot be used: {error}") from None
 
 
 def check_state_size(place: Path, config: GPTConfig) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer
+from tapeless.ends import Ends
 from tapeless.errors import RunError
 
 BLOCK = 4 << 20  # bytes read at a time
@@ -171,9 +172,9 @@ class Checkpoint:
     """A model in files, whose sizes have been compared with its config.
 
     `tensors` has every parameter by our name, in parts along its first axis; `folder` is where files
-    of its tokenizer may lie, `tokenizer` what was read of them; `ends` the ids of the first and last
-    token of a text, by Hugging Face's names, where the model's config tells them. `others` are entries of
-    a Hugging Face config.json that change nothing here, such as dropout.
+    of its tokenizer may lie, `tokenizer` what was read of them; `ends` the tokens that begin and end a
+    text, where the model's files name them. `others` are entries of a Hugging Face config.json that
+    change nothing here, such as dropout.
     """
 
     path: Path
@@ -182,7 +183,7 @@ class Checkpoint:
     tensors: Mapping[str, Sequence[Part]]
     folder: Path
     tokenizer: Tokenizer | None = None
-    ends: Mapping[str, Any] = field(default_factory=dict)
+    ends: Ends = field(default_factory=Ends)
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
