@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tapeless import files
 from tapeless.errors import DataError
 from tapeless.regular import open_regular
 
@@ -224,7 +224,7 @@ class ShardWriter:
         self._file.seek(0)
         self._file.write(header.tobytes())
         self._file.flush()
-        os.fsync(self._file.fileno())
+        files.flush(self._file.fileno())
         self._file.close()
 
     def taken_back(self) -> np.ndarray:
