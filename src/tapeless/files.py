@@ -44,6 +44,14 @@ def flush_folder(folder: Path) -> None:
             raise
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, and flush their names to the drive."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        flush_folder(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text as it is, in UTF-8, and flush it to the drive."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:

@@ -66,7 +66,7 @@ def claim(folder: Path, lock: Lock, overwrite: bool) -> Path:
     """
     _existing_folder(folder)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
     lock.take()
     refuse(folder, overwrite)
     place = folder / f"{NEW}.part"
@@ -87,6 +87,7 @@ def replace(folder: Path, aside: Path) -> None:
     """Let the run that lies complete `aside` take the place of the one in `folder`."""
     with writing(folder / NEW):
         files.replace(aside, folder / NEW)  # from here on the new run is the one there is
+        files.flush_folder(folder)
     settle(folder)
 
 
@@ -123,9 +124,11 @@ def settle(folder: Path) -> None:
     for path in [checkpoint.place for part in PARTS for checkpoint in saved(new / part)]:
         place = folder / path.relative_to(new)
         with writing(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(place.parent)
             files.replace(path, place)
-    files.flush_folder(folder)
+            files.flush_folder(place.parent)
+    with writing(folder):
+        files.flush_folder(folder)
     abandon(new)
 
 

@@ -58,7 +58,7 @@ def save(folder: Path, step: int, contents: Mapping[str, Content], keep: int = K
     place = store / f"{before[0].number + 1 if before else 1:04d}-step-{step}"
     aside = store / PART
     with runs.writing(store):
-        store.mkdir(parents=True, exist_ok=True)
+        files.make_folder(store)
         runs.sweep(folder)
         aside.mkdir()
     try:
