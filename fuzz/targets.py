@@ -137,7 +137,7 @@ def _changed(
 def run_config(data: bytes, folder: Path) -> None:
     def read(run: Path) -> None:
         _read_model(run)
-        plan.resumed(run, run, None, None, None, {}, None, None, None, None)
+        plan.resumed(run, run, None, None, None, None, {}, None, None, None, None)
 
     _changed(folder, "config.json", data, read)
 
@@ -170,7 +170,7 @@ def _state_size(folder: Path, preset: str) -> int:
 @cache
 def _job(run: Path) -> Any:
     """The run as it is resumed, before its state is read."""
-    what = plan.resumed(run, run, None, None, None, {"steps": 9}, None, None, None, None)
+    what = plan.resumed(run, run, None, None, None, None, {"steps": 9}, None, None, None, None)
     return plan.prepare(what._replace(saved=None), Lock(run))
 
 

@@ -31,13 +31,18 @@ def check_path(report: Path) -> None:
 
 
 def show(preset: str, config: GPTConfig, result: GradCheck, report: Path | None = None) -> None:
-    """Print the result, and write it to `report` if there is one.
+    """Print the result, and write it to `report` if there is one, whether or not it can be printed.
 
-    Raises `RunError` if that cannot be written.
+    Raises `RunError` if it cannot be written.
     """
-    Console(highlight=False).print(*_parts(preset, config, result), sep="\n")
-    if report is None:
-        return
+    try:
+        if report is not None:
+            _write(preset, config, result, report)
+    finally:
+        Console(highlight=False).print(*_parts(preset, config, result), sep="\n")
+
+
+def _write(preset: str, config: GPTConfig, result: GradCheck, report: Path) -> None:
     if report.suffix == ".json":
         runs.write_json(report, {"about": about(preset, config, result), "result": result.to_dict()})
         return

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from tapeless import files
 from tapeless.data.bpe import BPETokenizer
 from tapeless.data.table import GPT2_END, GPT2_TOKENS, TableTokenizer
 from tapeless.data.tokenizers import find_tokenizer
@@ -120,7 +120,8 @@ def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
             folder.mkdir(exist_ok=True)
             new = {path.name for path in aside.iterdir()}
             for name in new:
-                os.replace(aside / name, folder / name)
+                files.replace(aside / name, folder / name)
+            files.flush_folder(folder)
             old = [folder / name for name in MODEL_FILES if name not in new]
             runs.remove([*old, *folder.glob("model-*-of-*.safetensors")])
             runs.remove_checkpoints(folder)

@@ -135,6 +135,7 @@ def resumed(
     data: str | Path | None,
     val: str | Path | None,
     preset: str | None,
+    pretrained: str | Path | None,
     settings: dict[str, Any],
     seed: int | None,
     engine: str | None,
@@ -183,6 +184,9 @@ def resumed(
     for what, was, now in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
         if now is not None and now != was:
             raise RunError(f"{folder} was started with {what} {was}, not {now}.")
+    if pretrained is not None and not _same_model(plan.pretrained, pretrained):
+        was = plan.pretrained or "new weights"
+        raise RunError(f"{folder} was started from {was}, not from {pretrained}.")
     if plan.pretrained is not None:
         settings = _with_window(settings, config, folder)
     plan = plan._replace(preset=plan.preset.with_settings(settings))
@@ -198,6 +202,13 @@ def resumed(
             raise RunError(f"{folder} was trained with {name}={before[name]}: it cannot go on with {now}.")
     changes = {name: (before[name], value) for name, value in after.items() if value != before[name]}
     return plan._replace(changes=changes)
+
+
+def _same_model(was: str | None, now: str | Path) -> bool:
+    """Whether a run that was started from a model could have been started from `now`. A name on the hub does
+    not tell where it lies on this machine."""
+    here = was is not None and Path(was).exists() and Path(now).exists()
+    return was is not None and (not here or Path(was).samefile(now))
 
 
 def _difference(old: GPTConfig, new: GPTConfig) -> str:
@@ -309,7 +320,7 @@ def _read(plan: Plan) -> Data:
 def held_out(folder: Path) -> Tokens:
     """What a saved run is validated on. Raises `RunError` if it has nothing of that kind."""
     place = saves.newest(folder, runs.MODEL)  # as for the model itself
-    val = _read(resumed(folder, place, None, None, None, {}, None, None, None, None)).val
+    val = _read(resumed(folder, place, None, None, None, None, {}, None, None, None, None)).val
     if val is None:
         raise RunError(f"{folder} has no validation data: pass the data to evaluate it on.")
     return val

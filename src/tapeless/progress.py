@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from tapeless.generate import listed
 from tapeless.meter import Speed
+from tapeless.streams import Display
 
 TOLD = 10  # skipped steps, each in a line
 COMPILING = "Compiling for this model and processor: a few seconds, first run only."
@@ -22,7 +24,9 @@ class Console:
     def __init__(self) -> None:
         from rich.console import Console as RichConsole
 
-        self._console = RichConsole(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        # Training goes on although what it shows cannot be written.
+        file: Any = None if sys.stderr is None else Display(sys.stderr)
+        self._console = RichConsole(file=file, stderr=True, highlight=False, soft_wrap=True, markup=False)
         self._bar: Any = None
         self._compiled = False
         self._speed: Speed | None = None  # told since the last line

@@ -110,7 +110,9 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", metavar="", help="Go on with the run in --out, or with the preset's latest."
+            "--resume",
+            metavar="",
+            help="Go on with the run in --out, or with the preset's latest; begin it if there is none.",
         ),
     ] = False,
     overwrite: Annotated[
@@ -147,9 +149,9 @@ def train(
     if out is None:
         get_preset(name)
         existing = folders.numbered_runs(name)
-        if resume and not existing:
+        if resume and not existing and data is None and preset is None and pretrained is None:
             raise RunError(f"there is no run runs/{name}-N to resume: name its folder with --out.")
-        out = existing[max(existing)] if resume else folders.next_run(name)
+        out = existing[max(existing)] if resume and existing else folders.next_run(name)
     try:
         run = train_model(
             data, preset, seed=seed, engine=engine, dtype=dtype, threads=threads, out=out, set=settings,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from tapeless import files
 from tapeless.data import headerless
 from tapeless.errors import DataError, Notice
 from tapeless.regular import open_regular
@@ -285,7 +285,7 @@ class ShardWriter:
         self._file.seek(0)
         self._file.write(header.tobytes())
         self._file.flush()
-        os.fsync(self._file.fileno())
+        files.flush(self._file.fileno())
         self._file.close()
 
     def taken_back(self) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from tapeless.data.texts import BLOCK, Texts
 from tapeless.data.tokenizers import CharTokenizer, Tokenizer, find_tokenizer, read_tokenizer
 from tapeless.data.workers import documents, encoded, trained
 from tapeless.errors import DataError, argument
+from tapeless.files import flush_folder, replace, write_text
 from tapeless.machine import processors
 
 TOKENIZER = "tokenizer.json"
@@ -103,7 +103,7 @@ def tokenize(
                     split.abandon()
             if not counts[0]:
                 raise DataError(f"there is no text left to train on: lower {argument('val_fraction')}.")
-            (part / TOKENIZER).write_text(json.dumps(used.to_dict(), ensure_ascii=False) + "\n", "utf-8")
+            write_text(part / TOKENIZER, json.dumps(used.to_dict(), ensure_ascii=False) + "\n")
             shards = _publish(part, out, name, counts)
     finally:
         progress.finish()
@@ -187,7 +187,7 @@ class _Split:
         done = [(writer.path, writer.count) for writer in self._writers]
         if len(done) == 1:
             only = self._stem.with_name(f"{self._stem.name}.bin")
-            os.replace(done[0][0], only)
+            replace(done[0][0], only)
             return [(only, done[0][1])]
         return done
 
@@ -238,16 +238,17 @@ def _aside(out: Path, name: str) -> Iterator[Path]:
 def _publish(part: Path, out: Path, name: str, counts: list[Any]) -> list[Written]:
     """Put what is complete in its place, and remove the shards that it replaces."""
     old = _existing(out, name)
-    os.replace(part / TOKENIZER, out / TOKENIZER)
+    replace(part / TOKENIZER, out / TOKENIZER)
     written = []
     for held_out, files in enumerate(counts):
         for path, tokens in files:
-            os.replace(path, out / path.name)
+            replace(path, out / path.name)
             written.append(Written(out / path.name, tokens, bool(held_out)))
     new = {shard.path for shard in written}
     for path in old:
         if path not in new:
             path.unlink()
+    flush_folder(out)
     return written
 
 

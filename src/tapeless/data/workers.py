@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from tapeless.data.bpe import BPETokenizer, library, train_bpe
 from tapeless.data.texts import Block
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.errors import DataError, argument
+from tapeless.signals import handled
 
 TOKENS, ERROR = b"\0", b"\1"  # what an answer begins with
 
@@ -81,11 +81,13 @@ def _started(processes: int, work: Callable[..., None], *arguments: Any) -> Iter
     context = multiprocessing.get_context("spawn")
     started, connections = [], []
     try:
-        with _without_interrupts():
+        # Ctrl-C goes to every process of a terminal: those started here leave it to this one. What is
+        # ignored stays so in a new process, but on Windows.
+        with handled([signal.SIGINT], signal.SIG_IGN):
             for _ in range(processes):
                 ours, theirs = context.Pipe()
                 connections.append(ours)
-                process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
+                process = context.Process(target=_begin, args=(work, theirs, *arguments), daemon=True)
                 process.start()
                 theirs.close()
                 started.append(process)
@@ -96,20 +98,6 @@ def _started(processes: int, work: Callable[..., None], *arguments: Any) -> Iter
         for process in started:
             process.terminate()
             process.join()
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C goes to every process of a terminal; those started in here ignore it and leave it to this
-    one. (Only the main thread can say so.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _send(connection: Any, content: bytes) -> None:
@@ -137,6 +125,11 @@ def _answer(connection: Any) -> bytes:
     if answer[:1] == ERROR:
         raise DataError(answer[1:].decode())
     return answer
+
+
+def _begin(work: Callable[..., None], *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    work(*arguments)
 
 
 def _work(connection: Any, description: str, lines: bool) -> None:

@@ -9,7 +9,7 @@ from tapeless import hub
 from tapeless.data import shards
 from tapeless.data.tokenizers import find_tokenizer, is_padded, read_tokenizer
 from tapeless.errors import RunError
-from tapeless.io import huggingface, llmc, runs, saves
+from tapeless.io import folders, huggingface, llmc, runs, saves
 from tapeless.io.tensors import Checkpoint
 
 READ = "a run folder, a Hugging Face folder of GPT-2, or a model file of llm.c"
@@ -61,6 +61,7 @@ def with_tokenizer(model: Checkpoint) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
+    folders.await_settled(folder)
     config = folder / runs.CONFIG
     files = [path for path in sorted(folder.glob("*.bin")) if _is_llmc(path)]
     if runs.saved(folder) and not files:

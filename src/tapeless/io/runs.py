@@ -19,13 +19,12 @@ where there is none, as in runs of older versions and in models saved by themsel
 
 Every file is written aside (in `.NAME.part/`), flushed to disk and renamed, so a killed process leaves
 the old file or the new one. But what ends in `.jsonl` only grows, by whole lines; a last line without
-its end is ignored. A run that takes the place of another one is written aside as a whole, until it has
-been saved once: see `tapeless.io.folders`.
+its end is ignored. A new run is written aside as a whole, until it has been saved once: see
+`tapeless.io.folders`.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -40,6 +39,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from tapeless import files
 from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.ends import Ends
@@ -81,30 +81,19 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(aside / path.name)
             with open(aside / path.name, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(aside / path.name, path)
-            sync(path.parent)
+                files.flush(file.fileno())
+            files.replace(aside / path.name, path)
+            files.flush_folder(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def sync(folder: Path) -> None:
-    """Flush to disk which files a folder has, where a system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
-            raise
+class CannotWrite(RunError):
+    """`in_use`: since another process has a file open, which matters on Windows only."""
 
-
-class _CannotWrite(RunError):
-    def __init__(self, path: Path, reason: object):
+    def __init__(self, path: Path, reason: object, in_use: bool):
         super().__init__(f"cannot write {path}: {reason}.")
-        self.reason = reason
+        self.reason, self.in_use = reason, in_use
 
 
 @contextmanager
@@ -114,9 +103,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _CannotWrite(path, error.strerror or error) from None
-    except _CannotWrite as error:
-        raise _CannotWrite(path, error.reason) from None
+        in_use = files.WINDOWS and isinstance(error, PermissionError)
+        raise CannotWrite(path, error.strerror or error, in_use) from None
+    except CannotWrite as error:
+        raise CannotWrite(path, error.reason, error.in_use) from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -228,7 +218,7 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]], flush: bool = True) 
         file.write(json_lines(rows).encode())
         file.flush()
         if flush:
-            os.fsync(file.fileno())
+            files.flush(file.fileno())
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -269,7 +259,7 @@ def remove_checkpoint(place: Path) -> None:
     """At once, as far as others can see."""
     with writing(place):
         gone = place.with_name(f".{place.name}.gone")
-        os.replace(place, gone)
+        files.replace(place, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
