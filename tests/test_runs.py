@@ -39,7 +39,7 @@ def metrics(folder):
 
 
 def losses(folder):
-    return [row["loss"] for row in metrics(folder)]
+    return [row["loss"] for row in metrics(folder) if row["step"]]
 
 
 @pytest.fixture(scope="module")
