@@ -366,7 +366,7 @@ def test_the_validation_before_the_first_step_is_recorded(tmp_path):
 
 def test_what_is_shown_of_results_is_short(run, model):
     for thing, words in (
-        (model, ["4,192 parameters", "1 layers", "4 heads", "width 16", "vocabulary 27", "reference engine"]),
+        (model, ["4,192 parameters", "n_layer=1", "n_embd=16", "vocab_size=27", "reference engine, no tok"]),
         (
             run,
             ["20 steps", "GPT(4,192 parameters", "losses", "mean of the last 20", "3 samples", "folder None"],

@@ -167,12 +167,15 @@ def test_certificates(tmp_path, capsys):
     assert content["about"]["seed"] == 3
     assert {"tapeless", "numpy", "python"} <= set(content["about"]["versions"])
     rows = {row["name"]: row for row in content["result"]["rows"]}
-    assert rows["wqkv"]["checked"] == 5
+    assert (rows["wqkv"]["checked"], rows["wqkv"]["size"]) == (5, 768)
+    assert content["result"]["directions"] == 4
+    assert 0 < rows["wqkv"]["directional"] <= 1e-7
+    assert rows["contract"]["directional"] is None
     assert rows["contract"]["checked"] == 2
     assert all(row["worst"] <= 1e-6 and row["engine"] <= 1e-4 for row in rows.values())
     html = (tmp_path / "check.html").read_text()
     assert "<html>" in html
-    for word in ("wqkv", "contract", "numpy", "worst error", "attention_tile"):
+    for word in ("wqkv", "contract", "numpy", "worst error", "attention_tile", "5 of 768", "directional"):
         assert word in html
     assert run(["check", "--report", str(tmp_path / "check.pdf")]) == 2
     assert run(["check", "--report", str(tmp_path / "no" / "check.json"), "nosuch"]) == 2
