@@ -3,7 +3,7 @@
     python fuzz/run.py TARGET [--runs N] [--seed S]     one target; its name, or "all"
     python fuzz/run.py --list
 
-Needs `pip install 'tapeless[fuzz]'`. It begins with whole files, what lies in fuzz/corpus/TARGET, and finds
+Needs `pip install '.[fuzz]'`. It begins with whole files, what lies in fuzz/corpus/TARGET, and finds
 more by which code of tapeless they reach. An input that is a fault is written to fuzz/corpus/TARGET/fault-*;
 tests/test_hostile.py gives all that lies there to the readers again.
 """

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tapeless as tl
-from commands import environment
-from tapeless.errors import ConfigError, DataError, RunError
+from commands import environment, refused
+from tapeless.errors import EXTRAS, ConfigError, DataError, RunError, install
 
 QUICK = {"engine": "reference", "steps": 20, "samples": 3, "progress": False}
 CONFIG = tl.GPTConfig(vocab_size=27)
@@ -332,3 +337,118 @@ def test_load_what_is_not_there(tmp_path):
         tl.load(tmp_path / "nowhere")
     with pytest.raises(RunError, match=r"config\.json"):
         tl.load(tmp_path)
+
+
+# ---------------------------------------------------------------- what runs tell
+
+
+def test_losses_come_with_their_steps(run):
+    steps, values = run.loss_curve
+    assert steps.tolist() == list(range(1, 21))
+    assert values is run.losses
+    assert [len(column) for column in run.val_curve] == [0, 0]
+
+
+def test_the_validation_before_the_first_step_is_recorded(tmp_path):
+    set_ = {"val_fraction": 0.02, "eval_every": 2, "eval_batches": 20}
+    run = tl.train(**QUICK | {"steps": 4, "samples": 0}, out=tmp_path / "run", set=set_)
+    assert run.val_curve.steps.tolist() == list(run.val_losses) == [0, 2, 4]
+    untrained = tl.GPT(run.model.config, 42, "reference", tokenizer=run.model.tokenizer)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["seed"] == 42
+    # The model as it was before the first step: of its first weights, N(0, 0.08²), a nearly uniform guess.
+    assert abs(run.val_losses[0] - np.log(27)) < 0.2
+    assert untrained.n_params == run.model.n_params
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[0] == {"step": 0, "val_loss": run.val_losses[0]}
+
+
+def test_what_is_shown_of_results_is_short(run, model):
+    for thing, words in (
+        (model, ["4,192 parameters", "n_layer=1", "n_embd=16", "vocab_size=27", "reference engine, no tok"]),
+        (
+            run,
+            ["20 steps", "GPT(4,192 parameters", "losses", "mean of the last 20", "3 samples", "folder None"],
+        ),
+    ):
+        shown = repr(thing)
+        assert len(shown.splitlines()) <= 5
+        assert max(map(len, shown.splitlines())) < 200
+        for word in words:
+            assert word in shown, shown
+    result = tl.gradcheck(model, [26, 4, 12], [4, 12, 26], entries=2)
+    assert repr(result).startswith("GradCheck(ok\n  7 tensors, 14 of 4,192 entries: worst relative error ")
+    assert "4 directions of each sampled tensor" in repr(result)
+
+
+def test_a_trained_model_no_longer_reports_to_the_console(tmp_path):
+    """It did while it was trained; what is compiled later is its user's own business."""
+    code = """
+import tapeless as tl
+run = tl.train(steps=2, samples=0)
+print("trained")
+import sys; sys.stderr.flush(); sys.stderr.write("== trained ==\\n")
+run.model.loss_and_grad([26, 4], [4, 26])
+tl.gradcheck(run.model, [26, 4], [4, 26], entries=1)
+run.model.generate(n=1)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=environment(TAPELESS_CACHE_DIR=str(tmp_path / "cache")),
+    ).stderr  # fmt: skip
+    before, after = told.split("== trained ==\n")
+    assert "Compiling for this model and processor: a few seconds, first run only." in before
+    assert after == ""
+
+
+# ---------------------------------------------------------------- errors speak the caller's language
+
+
+def test_errors_name_arguments_as_the_caller_writes_them(tmp_path):
+    folder = tmp_path / "run"
+    tl.train(**QUICK | {"samples": 0}, out=folder)
+    with pytest.raises(RunError) as python:
+        tl.train(**QUICK, out=folder)
+    assert "go on with resume=True, or replace it with overwrite=True." in str(python.value)
+    line = refused("train", "--engine", "reference", "--out", "run", cwd=tmp_path)
+    assert "go on with --resume, or replace it with --overwrite." in line
+    with pytest.raises(RunError, match="resume=True needs the run's folder: give out"):
+        tl.train(**QUICK, resume=True)
+    with pytest.raises(ConfigError, match=r"or set=\{'val_fraction': 0.1\} to hold out"):
+        tl.train(**QUICK, set={"eval_every": 1})
+    line = refused("train", "--engine", "reference", "--eval-every", "1", cwd=tmp_path)
+    assert "--val, or --set val_fraction=0.1 to hold out" in line
+    with pytest.raises(ConfigError, match="use engine='reference' for float64"):
+        tl.GPT(CONFIG, dtype="float64")
+    assert "use --engine reference for" in refused("train", "--dtype", "float64", cwd=tmp_path)
+
+
+def test_the_command_line_leaves_no_trace_in_how_errors_are_spelled(tmp_path):
+    from tapeless.__main__ import run as command
+
+    assert command(["train", "--resume", "--overwrite", "--out", str(tmp_path / "run")]) == 2
+    with pytest.raises(ConfigError, match="resume=True and overwrite=True cannot be combined"):
+        tl.train(resume=True, overwrite=True, out=tmp_path / "run")
+
+
+def test_no_message_below_the_command_line_names_an_option():
+    """They go through `tapeless.errors.argument`."""
+    package = Path(tl.__file__).parent
+    for path in package.rglob("*.py"):
+        if "cli" in path.relative_to(package).parts or path.name in ("__main__.py", "errors.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise):
+                words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                named = [w for w in words if isinstance(w, str) and re.search(r"(^|\s)--[a-z]", w)]
+                assert not named, f"{path.name}:{node.lineno}: {named}"
+
+
+def test_extras_name_their_libraries():
+    """So that the advice is right however tapeless was installed."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    for extra, libraries in EXTRAS.items():
+        assert libraries.split() == [re.match(r"[\w-]+", needed)[0] for needed in extras[extra]]
+        assert install(extra) == f"pip install {libraries} (the extra {extra!r})"

@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import golden
 import tapeless as tl
-from commands import on_a_terminal
+from commands import on_a_terminal, refused, succeeds
 from tapeless.__main__ import run
+from tapeless.flops import ACCURACY, expected_seconds, training_flops
 from tapeless.gradcheck import TOLERANCE, _sample, example, smaller
 from tapeless.layout import memory
 from tapeless.ops import reference
@@ -164,12 +167,15 @@ def test_certificates(tmp_path, capsys):
     assert content["about"]["seed"] == 3
     assert {"tapeless", "numpy", "python"} <= set(content["about"]["versions"])
     rows = {row["name"]: row for row in content["result"]["rows"]}
-    assert rows["wqkv"]["checked"] == 5
+    assert (rows["wqkv"]["checked"], rows["wqkv"]["size"]) == (5, 768)
+    assert content["result"]["directions"] == 4
+    assert 0 < rows["wqkv"]["directional"] <= 1e-7
+    assert rows["contract"]["directional"] is None
     assert rows["contract"]["checked"] == 2
     assert all(row["worst"] <= 1e-6 and row["engine"] <= 1e-4 for row in rows.values())
     html = (tmp_path / "check.html").read_text()
     assert "<html>" in html
-    for word in ("wqkv", "contract", "numpy", "worst error", "attention_tile"):
+    for word in ("wqkv", "contract", "numpy", "worst error", "attention_tile", "5 of 768", "directional"):
         assert word in html
     assert run(["check", "--report", str(tmp_path / "check.pdf")]) == 2
     assert run(["check", "--report", str(tmp_path / "no" / "check.json"), "nosuch"]) == 2
@@ -279,6 +285,79 @@ def test_budget(capsys):
     assert re.search(r"parameters +16,768 ", out)
     assert run(["budget", "gpt2-xl", "--batch-size", "100000"]) == 1
     assert "Does not fit" in capsys.readouterr().out
+
+
+def total(*arguments, cwd):
+    """The bytes that a budget counts, and what else it says."""
+    out = succeeds("budget", *arguments, cwd=cwd).stdout
+    return int(re.search(r"total +([\d,]+)", out)[1].replace(",", "")), " ".join(out.split())
+
+
+def test_the_budget_of_a_model_is_that_of_the_same_sizes(tmp_path):
+    """Of each format; and of a run with its own training."""
+    files = Path(golden.FILES)
+    for model in (files / "llmc_v3.bin", files / "huggingface"):
+        config, threads = tl.load(model, "reference").config, ("--threads", "1")
+        sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        same = [f"--set={name}={getattr(config, name)}" for name in sizes]
+        given, said = total(model, *threads, cwd=tmp_path)
+        assert f"4 × {config.block_size} =" in said  # as it is fine-tuned
+        assert given == total("gpt2", *same, *threads, cwd=tmp_path)[0]
+        smaller = (*threads, "--batch-size=2", "--recompute")
+        given, said = total(model, *smaller, "--block-size=5", cwd=tmp_path)
+        assert "2 × 5 = 10 tokens a step" in said
+        assert given == total("gpt2", *same, *smaller, "--set=window=5", cwd=tmp_path)[0]
+    set_ = {"n_embd": 8, "window": 9}
+    tl.train(
+        steps=1, batch_size=3, samples=0, progress=False, engine="reference", out=tmp_path / "run", set=set_
+    )
+    given, said = total("run", cwd=tmp_path)
+    assert "3 × 9 = 27 tokens a step" in said
+    assert (
+        given
+        == total("microgpt", "--batch-size", "3", *(f"--set={k}={v}" for k, v in set_.items()), cwd=tmp_path)[
+            0
+        ]
+    )
+    assert "is another model: n_layer" in refused("budget", "run", "--set", "n_layer=2", cwd=tmp_path)
+    assert "no run folder or model" in refused("budget", "nowhere", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "threads", "peak", "measured"),
+    [
+        # docs/performance.md: a processor of 116 GFLOP/s a core, and one of 266.
+        (("microgpt", 27, 16), [7], 1, 116, 4.9e-6),
+        (("microgpt", 27, 16), [7] * 16, 1, 116, 41.7e-6),
+        (("microgpt", 27, 32), [7] * 16, 1, 116, 118.7e-6),
+        (("microgpt", 27, 64), [7] * 16, 1, 116, 391.5e-6),
+        (("microgpt", 27, 128), [7] * 16, 1, 116, 1365e-6),
+        (("shakespeare-char", 65, 128), [64] * 12, 2, 232, 22e-3),
+        (("gpt2", 50257, 768), [64] * 4, 2, 232, 1.01),
+        (("microgpt", 27, 16), [7], 1, 266, 2.9e-6),
+        (("microgpt", 27, 16), [7] * 16, 1, 266, 23e-6),
+        (("microgpt", 27, 32), [7] * 16, 1, 266, 59e-6),
+        (("microgpt", 27, 64), [7] * 16, 1, 266, 192e-6),
+        (("microgpt", 27, 128), [7] * 16, 1, 266, 671e-6),
+        (("shakespeare-char", 65, 128), [64] * 12, 2, 528, 10.7e-3),
+        (("gpt2", 50257, 768), [64] * 4, 2, 528, 0.54),
+    ],
+)
+def test_the_estimated_time_is_near_the_measured_one(sizes, lengths, threads, peak, measured):
+    name, vocab_size, n_embd = sizes
+    config = tl.presets[name].model.replace(vocab_size=vocab_size, n_embd=n_embd)
+    estimate = expected_seconds(config, lengths, threads, peak)
+    assert measured / ACCURACY < estimate < measured * ACCURACY
+    again = expected_seconds(config.replace(recompute=True), lengths, threads, peak)
+    assert again == pytest.approx(estimate * 4 / 3)
+
+
+def test_the_budget_tells_the_time_per_step(tmp_path):
+    _, said = total("microgpt", "--set", "order=windows", "--set", "total_batch_tokens=64", cwd=tmp_path)
+    assert "4 × 1 × 16 = 64 tokens a step" in said
+    flops = 4 * training_flops(tl.presets["microgpt"].model.replace(vocab_size=27), [16])
+    assert re.search(rf"Time per step: about [\d.]+ .?s\. That is {flops / 1e6:.1f} MFLOP at \d+% ", said)
+    assert re.search(r"Fits \([\d.,]+ GB free\)", said)
 
 
 def test_the_budget_is_what_is_allocated():

@@ -38,7 +38,9 @@ def test_each_command_has_help_that_fits_the_terminal(command, tmp_path):
     assert f"Usage: tapeless {command}" in out
     assert max(map(len, out.splitlines())) <= 80
     about = out.partition("╭")[0].splitlines()[3:]
-    broken = [line for line, after in pairwise(about) if after.strip() and len(line.rstrip()) < 40]
+    broken = [
+        line for line, after in pairwise(about) if line.strip() and after.strip() and len(line.rstrip()) < 40
+    ]
     assert not broken, "a line of the docstring is too long to be shown as it is"
 
 

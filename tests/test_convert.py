@@ -57,7 +57,7 @@ def test_nothing_is_replaced_by_accident(target, here):
     succeeds("convert", "llmc_v3.bin", target, *extra, cwd=here)
     before = contents(here)
     error = refused("convert", "hf", target, *extra, cwd=here)
-    assert "is there already: replace it with --overwrite" in error
+    assert "already exists: replace it with --overwrite" in error
     assert contents(here) == before
     succeeds("convert", "hf", target, *extra, "--overwrite", cwd=here)
     assert (here / "out.bin").exists() == (target == "out.bin")

@@ -37,7 +37,7 @@ def metrics(folder):
 
 
 def losses(folder):
-    return [row["loss"] for row in metrics(folder)]
+    return [row["loss"] for row in metrics(folder) if row["step"]]
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,8 @@ def _parts(preset: str, config: GPTConfig, result: GradCheck) -> list[Any]:
             cells.append("" if row.directional is None else f"{row.directional:.1e}")
         cells += [f"{row.engine:.1e}"] if row.engine is not None else []
         table.add_row(*cells, "[green]ok[/]" if row.ok else "[bold red]FAILED[/]")
-    lines: list[Any] = [f"{preset}: gradients against finite differences", table]
+    size = sum(row.size for row in result.rows)
+    lines: list[Any] = [f"{preset}, {size:,} parameters: gradients against finite differences", table]
     if sampled:
         lines.append(
             f"Sampled tensors: also {result.directions} directional derivatives along random directions, "

@@ -215,8 +215,8 @@ class GPT:
     def __repr__(self) -> str:
         c, tokenizer = self.config, type(self.tokenizer).__name__ if self.tokenizer else "no tokenizer"
         return (
-            f"GPT({self.n_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
-            f"context {c.block_size:,}, vocabulary {c.vocab:,}; {self.engine.name} engine, {tokenizer})"
+            f"GPT({self.n_params:,} parameters, n_layer={c.n_layer}, n_head={c.n_head}, n_embd={c.n_embd}, "
+            f"block_size={c.block_size}, vocab_size={c.vocab}, {self.engine.name} engine, {tokenizer})"
         )
 
 

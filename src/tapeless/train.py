@@ -195,7 +195,11 @@ def train(
             what = plan.fresh(data, val, preset, pretrained, settings, seed, engine, dtype, threads)
         if keep is not None:
             what = what._replace(keep=keep)
-        return _run(plan.prepare(what, lock, log_every, overwrite), progress or Silent())
+        job = plan.prepare(what, lock, log_every, overwrite)
+        try:
+            return _run(job, progress or Silent())
+        finally:
+            job.model.engine.notice = lambda: None  # its user may have it compile something else later
 
 
 class Silent:

@@ -138,7 +138,7 @@ def budget(
         str | None, option("On a chip: float32, or int8 (quantization).", "NAME", "float32")
     ] = None,
 ) -> None:
-    """Show the memory that training takes, to the byte, and estimate the time per step.
+    """Show the memory that training takes, and estimate the time per step.
 
     Nothing is allocated. Each document counts as a full block of tokens. A
     run counts as it was trained, another model as fine-tuned by tapeless
