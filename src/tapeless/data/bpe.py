@@ -261,13 +261,14 @@ def read_pair(vocab: Path, merges: Path) -> BPETokenizer:
     pairs = [line.split() for line in lines[lines[0].startswith("#version") :] if line.strip()]
     try:
         described = _describe(tokens, pairs)
-    except TypeError as error:
+        _check(described)
+    except (DataError, TypeError) as error:
         raise DataError(f"{vocab} and {merges.name} do not belong together: {error}") from None
     described = completed(described, vocab.parent)
     try:
         return BPETokenizer(described)
-    except (DataError, TypeError) as error:
-        raise DataError(f"{vocab} and {merges.name} do not belong together: {error}") from None
+    except DataError as error:
+        raise DataError(f"{vocab} cannot be used: {error}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
