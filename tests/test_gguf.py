@@ -176,7 +176,7 @@ DIGITS = {"type": "Digits", "individual_digits": True}
         ({"normalizer": {"type": "NFC"}}, "gpt-2"),
         ({"normalizer": {"type": "Lowercase"}}, "it changes texts first (Lowercase)"),
         ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "puts a space before a text"),
-        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": False}}, "splits texts into words by a rule that llama"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": False}}, "splits texts into words by a rule"),
         (
             {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, BYTE_LEVEL]}},
             "splits texts into words by a rule that llama.cpp does not have",

@@ -179,7 +179,7 @@ def test_texts_end_where_theirs_do(where, tmp_path):
         expected = theirs(prompt)
         lengths.add(len(expected))
         (text,) = mine.generate(prompt, n=1, temperature=0, max_tokens=20)
-        assert list(map(int, text.split())) == [t for t in expected if t not in ends or t in prompt]
+        assert list(map(int, text.split())) == expected[: -1 if expected[-1] in ends else None]
     assert len(lengths) > 1
 
 
