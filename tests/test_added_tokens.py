@@ -231,6 +231,11 @@ def test_a_template_tells_the_token_that_begins_a_text():
     pieces = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces}
     template["special_tokens"] = {"<s>": {"id": "<s>", "ids": [N], "tokens": ["<s>"]}}
+    for beyond in (N + 1, 2**31):
+        template["special_tokens"]["<s>"]["ids"] = [beyond]
+        with pytest.raises(DataError, match=f"its post_processor adds token {beyond}, which"):
+            BPETokenizer(content | {"post_processor": template})
+    template["special_tokens"]["<s>"]["ids"] = [N]
     tokenizer = BPETokenizer(content | {"post_processor": template})
     assert (tokenizer.bos, tokenizer.start) == (N, N)
     assert tokenizer.encode("the") == BPETokenizer(content).encode("the")

@@ -49,6 +49,8 @@ class BPETokenizer:
         self._check_ids(description.get("added_tokens") or ())
         self.template = _template(description.get("post_processor"))
         begins = self.template[0]
+        if beyond := [id for ids in self.template for id in ids if not 0 <= id < self.vocab_size]:
+            raise DataError(f"its post_processor adds token {beyond[0]}, which its vocabulary does not have.")
         self.bos: int | None = begins[0] if len(begins) == 1 else self._library.token_to_id(END)
         vocab, unknown = description["model"]["vocab"], description["model"].get("unk_token")
         # The library would leave these out of a text without a word.
