@@ -1,6 +1,7 @@
 # make demo          install into .venv and train microgpt on the built-in names
 # make test          the tests, on a fresh machine too
 # make test-oracles  heavier proofs: every combination of choices; PyTorch and transformers
+# make test-llamacpp GGUF files in llama.cpp itself, which is compiled first: some ten minutes of processor time
 # make lint          ruff, formatting, type checks
 # make format        let ruff put the formatting right
 # make bench         how fast this machine is, and what share of its peak
@@ -23,7 +24,7 @@ PACKAGES := gcc g++ clang libclang-rt-14-dev \
 VENV := .venv
 BIN := $(VENV)/$(PROGRAMS)
 
-.PHONY: demo test test-oracles lint format bench fuzz packages clean
+.PHONY: demo test test-oracles test-llamacpp lint format bench fuzz packages clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tapeless train
@@ -33,6 +34,9 @@ test: $(VENV)/.tested
 
 test-oracles: $(VENV)/.oracles
 	$(BIN)/pytest -n 2 -m oracle
+
+test-llamacpp: $(VENV)/.llamacpp
+	$(BIN)/pytest -m oracle tests/test_llamacpp.py
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .
@@ -75,6 +79,10 @@ $(VENV)/.tested: $(VENV)/.installed
 # This version of PyTorch has a build without CUDA where PyPI's newest would bring gigabytes.
 $(VENV)/.oracles: $(VENV)/.tested
 	$(BIN)/pip install --quiet --editable '.[test,oracles]'
+	@touch $@
+
+$(VENV)/.llamacpp: $(VENV)/.tested
+	$(BIN)/pip install --quiet --editable '.[test,llamacpp]'
 	@touch $@
 
 $(VENV)/.linted: $(VENV)/.installed

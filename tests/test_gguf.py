@@ -134,6 +134,76 @@ def test_the_tokenizer_goes_into_the_file(kind, hf):
     assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == 10
 
 
+def test_every_token_is_of_its_kind(hf):
+    """Normal, control, user-defined; two that look like fillers; and rows beyond the tokenizer."""
+    vocab = {t: i for i, t in enumerate([*TOKENS[:9], "[PAD10]"])}
+    plain = added(8, "ab") | {"special": False}
+    tokenizer_json(
+        hf, model={"type": "BPE", "vocab": vocab, "merges": MERGES[:1]}, added_tokens=[plain, added(0, "a")]
+    )
+    convert(hf, hf.parent / "model.gguf")
+    fields, _, _ = read(hf.parent / "model.gguf")
+    assert fields["tokenizer.ggml.tokens"] == [*vocab, "[PAD10]_"]
+    normal, control, user_defined, unused = 1, 3, 4, 5
+    expected = [control, *[normal] * 7, user_defined, normal, unused]
+    assert fields["tokenizer.ggml.token_type"] == expected
+    assert fields["tokenizer.ggml.eos_token_id"] == 10  # none is named: a row that is never generated
+
+
+def test_several_ends(hf):
+    about = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(about | {"bos_token_id": 3, "eos_token_id": [10, 4, 5, 6]}))
+    told = []
+    convert(hf, hf.parent / "model.gguf", say=told.append)
+    fields, _, _ = read(hf.parent / "model.gguf")
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")]
+    assert [fields[key] for key in keys] == [3, 10, 4, 5]
+    assert "A GGUF file has room for 3 tokens that end a text: 6 is left out." in told
+    (hf / "vocab.json").unlink()
+    told = []
+    convert(hf, hf.parent / "other.gguf", say=told.append)
+    assert any("no place for bos_token_id 3, eos_token_id [10, 4, 5, 6]" in line for line in told)
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "pre"),
+    [
+        ({"pre_tokenizer": BYTE_LEVEL}, "gpt-2"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}}, "smollm"),
+        ({"normalizer": {"type": "NFC"}}, "gpt-2"),
+        ({"normalizer": {"type": "Lowercase"}}, "it changes texts first (Lowercase)"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "puts a space before a text"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": False}}, "splits texts into words by a rule"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, BYTE_LEVEL]}},
+            "splits texts into words by a rule that llama.cpp does not have",
+        ),
+        ({"ignore_merges": True}, "splits texts into words by a rule that llama.cpp does not have"),
+        ({"unk_token": "a"}, "a token for unknown bytes, 'a'"),
+        ({"added_tokens": [added(10, golden.EOT) | {"lstrip": True}]}, "has lstrip, which GGUF cannot say"),
+        ({"added_tokens": [added(10, "ab")]}, ""),
+    ],
+)  # fmt: skip
+def test_the_pretokenizer_is_llama_cpps_or_refused(change, pre, hf):
+    model = {"type": "BPE", "vocab": {t: i for i, t in enumerate(TOKENS[:10])}, "merges": MERGES}
+    model |= {name: change.pop(name) for name in ("ignore_merges", "unk_token") if name in change}
+    tokenizer_json(hf, model=model, **change)
+    target = hf.parent / "model.gguf"
+    if " " not in pre and pre:
+        told = []
+        convert(hf, target, say=told.append)
+        assert read(target)[0]["tokenizer.ggml.pre"] == pre
+        assert any("NFC" in line for line in told) == ("normalizer" in change)
+        return
+    with pytest.raises(tl.TapelessError) as error:
+        convert(hf, target)
+    assert pre in str(error.value)
+    assert not target.exists()
+
+
 def test_ids_without_a_token_are_filled(hf):
     vocab = json.loads((hf / "vocab.json").read_text())
     del vocab["g"]

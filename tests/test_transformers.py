@@ -148,3 +148,50 @@ def test_debug_states(theirs, saved):
             if part == "wte.weight":
                 file.write(bytes(4 * (-V % 128) * value.shape[1]))
     succeeds("check", "model.bin", "--state", "state.bin", cwd=saved)
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_texts_end_where_theirs_do(where, tmp_path):
+    """At any of several tokens, whichever file names them; a list with ids beyond the vocabulary too."""
+    torch.manual_seed(4)
+    config = transformers.GPT2Config(**SHAPES["small"])
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    prompts = torch.randint(0, 200, (12, 4)).tolist()
+
+    def theirs(prompt, **options):
+        ids = torch.tensor([prompt])
+        options |= {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+
+    common = {token for prompt in prompts for token in theirs(prompt, eos_token_id=None)[9:12]}
+    ends = [*sorted(common)[:5], 50256]
+    model.config.eos_token_id = ends if where == "config.json" else 0
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(tmp_path)
+    if where == "config.json":
+        (tmp_path / "generation_config.json").unlink()
+    mine, lengths = tl.load(tmp_path, "reference", dtype="float32"), set()
+    assert mine.eos_token_id == tuple(ends[:-1])
+    for prompt in prompts:
+        expected = theirs(prompt)
+        lengths.add(len(expected))
+        (text,) = mine.generate(prompt, n=1, temperature=0, max_tokens=20)
+        assert list(map(int, text.split())) == expected[: -1 if expected[-1] in ends else None]
+    assert len(lengths) > 1
+
+
+def test_a_padded_vocabulary_costs_what_theirs_does(tmp_path):
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPES["small"] | {"vocab_size": 16}))
+    model.eval().save_pretrained(tmp_path)
+    golden.tokenizer(tmp_path)
+    mine = tl.load(tmp_path, "reference")
+    assert mine.tokenizer.vocab_size == 11
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)("ab cab abc", return_tensors="pt")[
+        "input_ids"
+    ]
+    (tmp_path / "text.txt").write_text("ab cab abc")
+    expected = model(tokens, labels=tokens).loss.item()
+    assert tl.evaluate(mine, tmp_path / "text.txt").loss == pytest.approx(expected, abs=1e-5)

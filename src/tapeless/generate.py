@@ -73,7 +73,7 @@ def generate(
             max_tokens,
             rng.uniforms(some * max_tokens),
             eos=eos,
-            drawn=tokenizer.vocab_size,
+            drawn=min(tokenizer.vocab_size, model.config.vocab),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -164,7 +164,8 @@ def resumed(
             saved["engine"] if engine is None else engine,
             saved["dtype"] if engine is None and dtype is None else dtype,
             threads,
-            vocab_size=config.vocab,
+            # A tokenizer made again of other data may have more tokens: the data are then refused.
+            vocab_size=config.vocab if saved["tokenizer"] == SAVED else None,
             ends=runs.ends_of(place / runs.CONFIG, saved).within(config.vocab),
             pretrained=saved["pretrained"],
             folder=folder,
@@ -232,7 +233,9 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
             f"NAME_train.bin, {argument('val')}, or {argument('set', {'val_fraction': 0.1})} to hold out a "
             "part of a text."
         )
-    config = chosen.model.replace(vocab_size=data.vocab_size)
+    config = chosen.model
+    if plan.saved is None:
+        config = config.replace(vocab_size=data.vocab_size)
     # What is trained on may be shorter than the model's block; positions beyond it take no activations.
     check_memory(config, plan.engine, plan.dtype, training.batch_size, plan.threads, longest)
     if plan.saved is not None:
@@ -303,7 +306,7 @@ def _read(plan: Plan) -> Data:
     if tokenizer == SAVED and plan.checkpoint is not None:
         tokenizer = plan.checkpoint.tokenizer
     elif tokenizer == SAVED and plan.saved is not None:
-        tokenizer = runs.read_tokenizer(plan.saved, chosen.model.vocab)
+        tokenizer = runs.read_tokenizer(plan.saved, runs.tokens_of(*runs.read_config(plan.saved)))
     return open_data(
         plan.data,
         plan.val,

@@ -49,6 +49,8 @@ class BPETokenizer:
         self._check_ids(description.get("added_tokens") or ())
         self.template = _template(description.get("post_processor"))
         begins = self.template[0]
+        if beyond := [id for ids in self.template for id in ids if not 0 <= id < self.vocab_size]:
+            raise DataError(f"its post_processor adds token {beyond[0]}, which its vocabulary does not have.")
         self.bos: int | None = begins[0] if len(begins) == 1 else self._library.token_to_id(END)
         vocab, unknown = description["model"]["vocab"], description["model"].get("unk_token")
         # The library would leave these out of a text without a word.
@@ -261,13 +263,14 @@ def read_pair(vocab: Path, merges: Path) -> BPETokenizer:
     pairs = [line.split() for line in lines[lines[0].startswith("#version") :] if line.strip()]
     try:
         described = _describe(tokens, pairs)
-    except TypeError as error:
+        _check(described)
+    except (DataError, TypeError) as error:
         raise DataError(f"{vocab} and {merges.name} do not belong together: {error}") from None
     described = completed(described, vocab.parent)
     try:
         return BPETokenizer(described)
-    except (DataError, TypeError) as error:
-        raise DataError(f"{vocab} and {merges.name} do not belong together: {error}") from None
+    except DataError as error:
+        raise DataError(f"{vocab} cannot be used: {error}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

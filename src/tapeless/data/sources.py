@@ -67,6 +67,8 @@ def open_data(
         found = find_tokens(source, paired=val is None)
         if val is not None:
             found = found._replace(val=[])
+        if tokenizer is None and vocab_size is not None:
+            check_tokenizer(found.train + found.val, None, vocab_size, owner)
         if tokenizer is None or isinstance(tokenizer, str):
             path = find_tokenizer(found.train[0].parent)
             tokenizer, owner = (read_tokenizer(path), path) if path else (None, owner)

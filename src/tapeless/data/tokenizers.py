@@ -193,9 +193,10 @@ def tokenizer_from_dict(data: Any) -> Tokenizer:
 
 
 def is_padded(rows: int, tokens: int) -> bool:
-    """Whether a model of so many rows may be one for this many tokens, with rows added to make their number
-    a multiple of a power of two up to 1,024."""
-    return any(rows == -(-tokens // 2**n) * 2**n for n in range(11))
+    """Whether a model with this many rows may be one for this many tokens: rows are added up to the next
+    multiple of a power of two, at most of 128, or to have a few to spare."""
+    few = 0 <= rows - tokens <= tokens // 100
+    return few or any(rows == -(-tokens // 2**n) * 2**n for n in range(8))
 
 
 def find_tokenizer(folder: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """Run folders: what training leaves behind, and models loaded from it.
 
 config.json          model and training settings, data, seed, engine; bos_token_id and eos_token_id where
-                     they are not the tokenizer's
+                     they are not the tokenizer's, tokenizer_vocab_size where it is smaller than the model's
 tokenizer.json       the tokenizer
 model.safetensors    the parameters by name
 state.safetensors    everything needed to go on: parameters, moments, step, random state
@@ -49,6 +49,7 @@ from tapeless.io.tensors import FLOAT, Checkpoint, Stored, check_fit
 from tapeless.layout import n_params, parameters
 from tapeless.regular import open_regular, read_text
 
+TOKENS = "tokenizer_vocab_size"  # in config.json, where it is not the model's
 METADATA = {"format": "tapeless"}  # of safetensors files
 CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES, SAMPLES_LOG = FILES = (
     "config.json",
@@ -183,7 +184,10 @@ def contents_of_model(
     """What a model's files hold, by name."""
     from tapeless import __version__
 
-    described = {"tapeless": __version__, "model": config.to_dict(), **ends.to_dict(), **about}
+    described = {"tapeless": __version__, "model": config.to_dict(), **ends.to_dict()}
+    if tokenizer is not None and tokenizer.vocab_size != config.vocab:
+        described[TOKENS] = tokenizer.vocab_size
+    described |= about
     contents = {CONFIG: content_of_text(as_json(described))}
     if tokenizer is not None:
         contents[TOKENIZER] = content_of_tokenizer(tokenizer)
@@ -342,8 +346,15 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
         raise RunError(f"{path} does not describe a model: {error}") from None
 
 
-def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """The run's tokenizer, or None where a model was saved without one."""
+def tokens_of(config: GPTConfig, about: Mapping[str, Any]) -> int:
+    """How many tokens the tokenizer must have: config.json says so where the vocabulary is padded."""
+    tokens = about.get(TOKENS, config.vocab)
+    return tokens if isinstance(tokens, int) and tokens <= config.vocab else config.vocab
+
+
+def read_tokenizer(folder: Path, tokens: int) -> Tokenizer | None:
+    """The run's tokenizer, or None where a model was saved without one. Raises `RunError` if it has another
+    number of tokens."""
     path = folder / TOKENIZER
     if not path.exists():
         return None
@@ -351,10 +362,10 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = tokenizer_from_dict(read_json(path))
     except DataError as error:
         raise RunError(f"{path} is damaged: {error}") from None
-    if tokenizer.vocab_size > vocab_size:  # with fewer, the vocabulary is padded
+    if tokenizer.vocab_size != tokens:
         raise RunError(
             f"{path} has {tokenizer.vocab_size} tokens but the model of {folder / CONFIG} has "
-            f"{vocab_size}: they are not of the same run."
+            f"{tokens}: they are not of the same run."
         )
     return tokenizer
 
@@ -366,7 +377,7 @@ def open_model(folder: Path, place: Path) -> Checkpoint:
     expected = {name: (shape, FLOAT) for name, shape in _shapes(config).items()}
     tensors = open_tensors(place / MODEL, expected)
     parts = {name: [tensors[name]] for name in expected}
-    tokenizer = read_tokenizer(place, config.vocab)
+    tokenizer = read_tokenizer(place, tokens_of(config, about))
     ends = ends_of(place / CONFIG, about)
     return Checkpoint(folder, "a run of tapeless", config, parts, folder, tokenizer, ends)
 
