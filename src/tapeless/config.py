@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from tapeless.errors import ConfigError, did_you_mean
 
@@ -22,6 +23,10 @@ COMPUTED = ("recompute", "precision")
 # One tensor index must fit 32 bits on the smallest chip we export to, and no real model comes near.
 MAX_SIZE = 2**24
 MAX_STREAMS = 16
+SMALLEST = 1e-30  # of what must be above 0: in float32 it still is, whatever it is multiplied by
+LATER = ("attention_tile", "recompute", "precision")  # fields that runs of the first version lack
+
+Described = TypeVar("Described")
 
 
 def whole(name: str, value: Any, least: int, most: int) -> int:
@@ -41,6 +46,22 @@ def number(name: str, value: Any, low: float, high: float, *, ends: str = "") ->
         most = f"at most {high:g}" if ends == "high" else f"below {high:g}"
         raise ConfigError(f"{name} must be a number {least} and {most}, not {value!r}.")
     return float(value)
+
+
+def from_saved(kind: type[Described], content: Any, later: Sequence[str]) -> Described:
+    """Return the dataclass that a file describes by its fields.
+
+    Raises `ConfigError` for an unknown field, a value that cannot be, or a missing field, except for
+    those `later` than the oldest files, whose defaults are what was before.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"expected settings by name, not {content!r}.")
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := [name for name in content if name not in known]:
+        raise ConfigError(f"this version has no setting {unknown[0]!r}.")
+    if missing := [name for name in known if name not in content and name not in later]:
+        raise ConfigError(f"{missing[0]} is missing.")
+    return kind(**content)
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,7 @@ class GPTConfig:
         for f in dataclasses.fields(self):
             if f.type == "bool" and not isinstance(getattr(self, f.name), bool):
                 raise ConfigError(f"{f.name} must be true or false, not {getattr(self, f.name)!r}.")
-        object.__setattr__(self, "norm_eps", number("norm_eps", self.norm_eps, 0, 1))
+        object.__setattr__(self, "norm_eps", number("norm_eps", self.norm_eps, SMALLEST, 1, ends="low"))
         if self.n_hidden == 0:
             object.__setattr__(self, "n_hidden", 4 * self.n_embd)
         if self.n_embd % self.n_head:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapeless.config import GPTConfig, number, whole
+from tapeless.config import SMALLEST, GPTConfig, number, whole
 from tapeless.errors import ConfigError, did_you_mean
 
 # Beyond these, something was mistyped: it would take days, or memory that nobody has.
@@ -25,6 +25,7 @@ CHOICES = {
     "order": ("shuffle", "draw", "windows", "sequence", "llmc"),
     "bad_steps": ("stop", "skip"),
 }
+LATER = ("bad_steps", "spike")  # fields that runs of the first version lack
 DOCUMENTS = ("shuffle", "draw")  # the orders of documents; the others are of windows
 
 
@@ -68,7 +69,7 @@ class Training:
             "batch_size": whole("batch_size", self.batch_size, 1, MAX_STEPS),
             "total_batch_tokens": whole("total_batch_tokens", self.total_batch_tokens, 0, MAX_STEPS),
             "window": whole("window", self.window, 0, MAX_STEPS),
-            "lr": number("lr", self.lr, 0, 1e6),
+            "lr": number("lr", self.lr, SMALLEST, 1e6, ends="low"),
             "min_lr": number("min_lr", self.min_lr, 0, 1e6, ends="low"),
             "warmup_steps": whole("warmup_steps", self.warmup_steps, 0, MAX_STEPS),
             "weight_decay": number("weight_decay", self.weight_decay, 0, 1e3, ends="low"),
@@ -80,7 +81,7 @@ class Training:
             "eval_batches": whole("eval_batches", self.eval_batches, 0, MAX_STEPS),
             "sample_every": whole("sample_every", self.sample_every, 0, MAX_STEPS),
             "samples": whole("samples", self.samples, 0, MAX_TEXTS),
-            "eps": number("eps", self.eps, 0, 1),
+            "eps": number("eps", self.eps, SMALLEST, 1, ends="low"),
             "beta1": number("beta1", self.beta1, 0, 1, ends="low"),
             "beta2": number("beta2", self.beta2, 0, 1, ends="low"),
             "temperature": number("temperature", self.temperature, 0, MAX_TEMPERATURE, ends="low"),

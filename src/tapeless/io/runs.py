@@ -39,7 +39,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from tapeless.config import GPTConfig
+from tapeless.config import LATER, GPTConfig, from_saved
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.errors import ConfigError, DataError, RunError
 from tapeless.io import safetensors
@@ -339,7 +339,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
     path = folder / CONFIG
     content = read_json(path)
     try:
-        config = GPTConfig(**content["model"])
+        config = from_saved(GPTConfig, content["model"], LATER)
         assert config.vocab  # a saved model knows its tokens
         return config, content
     except (KeyError, TypeError):
