@@ -31,6 +31,7 @@ from tapeless.io.runs import (
 from tapeless.io.tensors import Checkpoint, Part, Stored, Transposed
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = (
     TOKENIZER,
     "tokenizer_config.json",
@@ -40,7 +41,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
-FILES = (CONFIG, MODEL, INDEX, "model-*-of-*.safetensors", *TOKENIZER_FILES)  # of all on the hub
+FILES = (CONFIG, MODEL, INDEX, ADAPTER, "model-*-of-*.safetensors", *TOKENIZER_FILES)  # of all on the hub
 # What must stand in config.json, or not at all. The first is GPT-2's; the others are the same.
 SETTINGS = {
     "activation_function": (
@@ -113,6 +114,8 @@ IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # masks
 def open_model(folder: Path) -> Checkpoint:
     """The model of a folder. Raises `RunError` for another architecture, or where a file is missing,
     damaged, or does not match config.json."""
+    if (folder / ADAPTER).exists():  # transformers would load another model, and this on top of it
+        raise RunError(f"{folder} holds an adapter, {ADAPTER}: merge it into its model with peft first.")
     path = folder / CONFIG
     about = read_json(path)
     config = _config(path, about)
