@@ -331,11 +331,14 @@ def test_the_same_tensor_in_two_shards(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda homes: homes.pop("transformer.ln_f.bias"), "'transformer.ln_f.bias' in none"),
-        (lambda homes: homes.update(x=homes["transformer.ln_f.bias"]), "that is in none of them"),
+        (
+            lambda homes: homes.pop("transformer.ln_f.bias"),
+            "'transformer.ln_f.bias' is in none, but it is in model-0000",
+        ),
+        (lambda homes: homes.update(x=homes["transformer.ln_f.bias"]), ", but it is in none."),
         (
             lambda homes: homes.update({"transformer.wpe.weight": homes["transformer.wte.weight"]}),
-            "but that is in model-00002-of-00002.safetensors",
+            "but it is in model-00002-of-00002.safetensors",
         ),
         (lambda homes: homes.update({"transformer.wpe.weight": 3}), "is damaged: expected weight_map"),
     ],

@@ -23,8 +23,8 @@ COMPUTED = ("recompute", "precision")
 # One tensor index must fit 32 bits on the smallest chip we export to, and no real model comes near.
 MAX_SIZE = 2**24
 MAX_STREAMS = 16
-SMALLEST = 1e-30  # of what must be above 0: in float32 it still is, whatever it is multiplied by
-LATER = ("attention_tile", "recompute", "precision")  # fields that runs of the first version lack
+SMALLEST = 1e-30  # least value of a setting that must be above 0: far smaller ones are 0 in float32
+LATER = ("attention_tile", "recompute", "precision")  # fields that older versions did not write
 
 Described = TypeVar("Described")
 
@@ -49,10 +49,10 @@ def number(name: str, value: Any, low: float, high: float, *, ends: str = "") ->
 
 
 def from_saved(kind: type[Described], content: Any, later: Sequence[str]) -> Described:
-    """Return the dataclass that a file describes by its fields.
+    """Return the dataclass `kind` with the fields that a file holds.
 
-    Raises `ConfigError` for an unknown field, a value that cannot be, or a missing field, except for
-    those `later` than the oldest files, whose defaults are what was before.
+    Raises `ConfigError` for an unknown or missing field, or a value that cannot be. Those in `later` may
+    be missing: older versions did not write them, and their defaults are what these versions did.
     """
     if not isinstance(content, dict):
         raise ConfigError(f"expected settings by name, not {content!r}.")

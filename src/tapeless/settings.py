@@ -25,7 +25,7 @@ CHOICES = {
     "order": ("shuffle", "draw", "windows", "sequence", "llmc"),
     "bad_steps": ("stop", "skip"),
 }
-LATER = ("bad_steps", "spike")  # fields that runs of the first version lack
+LATER = ("bad_steps", "spike")  # fields that older versions did not write
 DOCUMENTS = ("shuffle", "draw")  # the orders of documents; the others are of windows
 
 

@@ -55,7 +55,7 @@ SETTINGS = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-# The same for what transformers knows of any model, and does not write into a GPT-2's.
+# Likewise for entries of any model in transformers, which a GPT-2's config.json usually lacks.
 COMMON: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
     "per_layer_config": (None, {}),
@@ -83,7 +83,7 @@ ALIASES = {
 }
 # and ignores these, which other families have for GPTConfig's.
 FOREIGN = {"num_heads": "n_head", "intermediate_size": "n_hidden", "layer_norm_eps": "norm_eps"}
-# What a copy of a model does not take over as it is.
+# Entries that a copy does not keep: they are written anew, or do not apply to it.
 OWN = {
     "architectures",
     "model_type",
@@ -184,7 +184,10 @@ def _config(path: Path, about: dict[str, Any]) -> GPTConfig:
     for name, values in (SETTINGS | COMMON).items():
         value = about.get(name, values[0])
         if value not in values:
-            raise RunError(f"{path}: {name} is {value!r}; only GPT-2's own, {values[0]!r}, can be loaded.")
+            also = f" (or {', '.join(values[1:])})" if name == "activation_function" else ""
+            raise RunError(
+                f"{path}: {name} is {value!r}; only GPT-2's own, {values[0]!r}{also}, can be loaded."
+            )
     if not isinstance(tied := about.get(TIED, True), bool):
         raise RunError(f"{path}: {TIED} is {tied!r}; expected true or false.")
     sizes: dict[str, Any] = {}
@@ -238,8 +241,8 @@ def _stored(folder: Path) -> dict[str, Stored]:
     if homes is not None and (differing := homes.items() ^ found.items()):
         name = min(differing)[0]
         raise RunError(
-            f"{index} does not match its files: it has {name!r} in {homes.get(name, 'none')}, but that is in "
-            f"{found.get(name, 'none')} of them."
+            f"{index} does not match its files: it says that {name!r} is in {homes.get(name, 'none')}, "
+            f"but it is in {found.get(name, 'none')}."
         )
     return tensors
 
@@ -251,7 +254,7 @@ def _plain(name: str) -> str:
 
 
 def _homes(index: Path) -> dict[str, str]:
-    """The file of each tensor. What else an index says, such as total_size, nobody goes by."""
+    """Return the file that holds each tensor. Metadata such as total_size is not used."""
     try:
         homes = read_json(index)["weight_map"]
         if not all(name == Path(name).name for name in homes.values()):

@@ -385,7 +385,7 @@ def check_state_size(place: Path, config: GPTConfig) -> None:
 
 def read_into(views: Mapping[str, np.ndarray], path: Path, optional: Sequence[str] = ()) -> None:
     """Copy the tensors of a file into `views`, by name; of the `optional` ones those that it has. Raises
-    `RunError`, before anything is copied, where `open_tensors` does."""
+    `RunError`, before anything is copied, where `open_tensors` does, and for a number that does not fit."""
     expected = {name: (view.shape, view.dtype) for name, view in views.items()}
     tensors = open_tensors(path, expected, optional)
     for name, tensor in tensors.items():
