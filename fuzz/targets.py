@@ -28,9 +28,9 @@ from tapeless.data.shards import Shards
 from tapeless.data.table import MAGIC as TABLE
 from tapeless.data.tokenizers import CharTokenizer, read_tokenizer
 from tapeless.errors import LONGEST, DataError, TapelessError
-from tapeless.io import llmc, runs, saves
+from tapeless.io import llmc, runs, safetensors, saves
 from tapeless.io.checkpoints import open_model
-from tapeless.io.lock import Lock
+from tapeless.io.lock import LOCK, Lock, Locked
 from tapeless.settings import read_toml
 from tapeless.train import train
 
@@ -186,6 +186,17 @@ def _manifest(folder: Path) -> list[bytes]:
     return [json.dumps({"step": 1, "files": {"config.json": about}, "logs": {}}).encode()]
 
 
+@target(lambda folder: [b"process 4711 on host"])
+def run_lock(data: bytes, folder: Path) -> None:
+    run = folder / "locked"
+    run.mkdir(exist_ok=True)
+    with Lock(run):
+        (run / LOCK).write_bytes(data)
+        with suppress(Locked):
+            Lock(run).take()
+            raise AssertionError("two have the lock")
+
+
 @target(_manifest, "json")
 def run_manifest(data: bytes, folder: Path) -> None:
     place = folder / "kept" / "checkpoints" / "0001-step-1"
@@ -241,6 +252,32 @@ def huggingface_model(data: bytes, folder: Path) -> None:
     if not model.exists():
         shutil.copytree(GOLDEN / "huggingface", model)
     (model / "model.safetensors").write_bytes(data)
+    _read_model(model)
+
+
+def _index(folder: Path) -> list[bytes]:
+    homes = {name: file.name for file in _sharded(folder) for name in safetensors.open_file(file)}
+    return [json.dumps({"metadata": {"total_size": 7584}, "weight_map": homes}).encode()]
+
+
+def _sharded(folder: Path) -> list[Path]:
+    """The files of a model that lies in two, made once."""
+    model = folder / "shards"
+    files = [model / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    if not model.exists():
+        model.mkdir()
+        shutil.copy(GOLDEN / "huggingface" / "config.json", model)
+        tensors = safetensors.open_file(GOLDEN / "huggingface" / "model.safetensors")
+        for i, file in enumerate(files):
+            part = {name: tensors[name].map() for name in sorted(tensors)[i::2]}
+            runs.write_content(file, runs.content_of_tensors(part))
+    return files
+
+
+@target(_index, "json")
+def huggingface_index(data: bytes, folder: Path) -> None:
+    model = _sharded(folder)[0].parent
+    (model / "model.safetensors.index.json").write_bytes(data)
     _read_model(model)
 
 

@@ -202,7 +202,6 @@ def test_tokenizer_files_come_along(tmp_path):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"tied": False}, "tied=False"),
         ({"activation": "relu"}, "activation='relu'"),
         ({"norm": "rms", "norm_bias": False}, "norm='rms'"),
         ({"norm_embed": True}, "norm_embed=True"),

@@ -210,6 +210,82 @@ def test_a_random_state_that_is_none(preset, words, tmp_path):
         resumed(tmp_path / "run", tmp_path / "copy", rng_words=words)
 
 
+def test_a_state_whose_numbers_do_not_fit(run, tmp_path):
+    """It may be of another engine: float64's are rounded, but not to infinity."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    for value in (0.1, -1e300):
+        state = {
+            name: np.array(t.map()) for name, t in safetensors.open_file(copy / "state.safetensors").items()
+        }
+        assert state["params"].dtype == np.float64
+        state["params"][7] = value
+        runs.write_content(copy / "state.safetensors", runs.content_of_tensors(state))
+        more = {"steps": 4, "samples": 0, "progress": False, "engine": "reference", "dtype": "float32"}
+        if value == 0.1:
+            assert tl.train(out=copy, resume=True, **more).model.engine.dtype == np.float32
+            shutil.rmtree(copy)
+            shutil.copytree(run, copy)
+        else:
+            with pytest.raises(RunError, match=r"params holds -1e\+300, which does not fit in float32"):
+                tl.train(out=copy, resume=True, **more)
+
+
+@pytest.mark.parametrize("table", ["model", "training"])
+def test_a_setting_that_is_missing_or_unknown(table, run, tmp_path):
+    """No default stands in for what a run's config does not say; older versions had fewer settings."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    whole = json.loads((copy / "config.json").read_text())
+    more = {"steps": 3, "samples": 0, "progress": False}
+    later = {"model": ["attention_tile", "recompute", "precision"], "training": ["bad_steps", "spike"]}[table]
+    for name in whole[table]:
+        about = whole | {table: {key: value for key, value in whole[table].items() if key != name}}
+        (copy / "config.json").write_text(json.dumps(about))
+        if name in later:
+            runs.read_config(copy)
+        else:
+            with pytest.raises(RunError, match=rf"config\.json does not describe.*: {name} is missing"):
+                tl.train(out=copy, resume=True, **more)
+    (copy / "config.json").write_text(json.dumps(whole | {table: whole[table] | {"gated": True}}))
+    with pytest.raises(RunError, match="this version has no setting 'gated'"):
+        tl.train(out=copy, resume=True, **more)
+    old = {name: value for name, value in whole[table].items() if name not in later}
+    (copy / "config.json").write_text(json.dumps(whole | {table: old}))
+    assert len(tl.train(out=copy, resume=True, **more).losses) == 1
+
+
+def test_byte_order_marks_in_a_run(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    expected = tl.load(copy, "reference").generate(n=2, seed=3)
+    for path in copy.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert tl.load(copy, "reference").generate(n=2, seed=3) == expected
+    assert len(tl.train(out=copy, resume=True, steps=3, samples=0, progress=False).losses) == 1
+
+
+def test_byte_order_marks_in_toml(tmp_path):
+    (tmp_path / "my.toml").write_bytes(b'\xef\xbb\xbflr = 0.25\n[model]\nnorm = "rms"\n')
+    assert read_toml(tmp_path / "my.toml") == {"lr": 0.25, "norm": "rms"}
+    (tmp_path / "my.toml").write_text("lr = 0.25", encoding="utf-16")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read_toml(tmp_path / "my.toml")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs links and FIFOs")
+def test_a_lock_that_is_something_else(tmp_path):
+    """A run from elsewhere may hold a link to any file of the user's, which is not to be emptied."""
+    tl.train(engine="reference", steps=2, samples=0, out=tmp_path / "run", progress=False)
+    (tmp_path / "mine").write_text("precious")
+    arguments = ("train", "--resume", "--out", "run", "--steps", 3, "--samples", 0)
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "mine")
+    assert tapeless(*arguments, cwd=tmp_path).returncode == 2
+    assert (tmp_path / "mine").read_text() == "precious"
+    (tmp_path / "run/.lock").unlink()
+    os.mkfifo(tmp_path / "run/.lock")
+    done = tapeless(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "cannot write run: .lock is no regular file" in done.stderr
+
+
 @pytest.mark.parametrize("setting", ["steps", "lr", "order", "bias", "seed"])
 def test_numbers_of_any_length_in_toml(setting, tmp_path):
     (tmp_path / "my.toml").write_text(f"{setting} = 0x{'f' * 6000}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from commands import succeeds
 from helpers import relative
 from tapeless.convert import convert
 from tapeless.data.tokenizers import CharTokenizer
+from tapeless.io import huggingface
 
 torch = pytest.importorskip("torch", reason="the oracles need PyTorch")
 transformers = pytest.importorskip("transformers", reason="the oracles need transformers")
@@ -90,6 +92,86 @@ def test_logits_gradients_and_greedy_text(name, theirs, saved):
     (mine,) = model.generate(prompt, n=1, temperature=0, max_tokens=20)
     assert [ord(c) - FIRST for c in mine] == text
     assert len(set(text)) > 5
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_a_head_of_its_own(engine, tmp_path):
+    """Untied models of transformers, loaded here and converted there and back: logits and gradients."""
+    torch.manual_seed(5)
+    config = transformers.GPT2Config(**SHAPES["small"], tie_word_embeddings=False, initializer_range=0.3)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "run", "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    tokens, targets = texts(config.vocab_size)
+    logits = theirs(torch.tensor(tokens)).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets).flatten())
+    loss.backward()
+    starts = range(0, tokens.size + 1, tokens.shape[1])
+    for name in ("hf", "run", "back"):
+        model = tl.load(tmp_path / name, engine, dtype="float32")
+        assert model.n_params == theirs.num_parameters()
+        np.testing.assert_allclose(
+            model.logits(tokens.ravel(), starts), logits.detach().flatten(0, 1).numpy(), rtol=0, atol=1e-4
+        )
+        model.loss_and_grad(tokens.ravel(), targets.ravel(), starts)
+        assert relative(model.grads["head"], theirs.lm_head.weight.grad.numpy().T) < 1e-5
+        assert relative(model.grads["wte"], theirs.transformer.wte.weight.grad.numpy()) < 1e-5
+    back, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before, after = theirs.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# Another value for every setting of GPT2Config than it has by default; and some of any model's.
+OTHERWISE = {
+    "n_inner": 50, "activation_function": "gelu", "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3,
+    "layer_norm_epsilon": 0.1, "initializer_range": 0.1, "summary_type": "mean", "summary_use_proj": False,
+    "summary_activation": "tanh", "summary_proj_to_labels": False, "summary_first_dropout": 0.3,
+    "scale_attn_weights": False, "use_cache": False, "bos_token_id": 3, "eos_token_id": 4, "pad_token_id": 5,
+    "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "add_cross_attention": True,
+    "tie_word_embeddings": False, "vocab_size": 200, "n_positions": 40, "n_embd": 24, "n_layer": 2,
+    "n_head": 4, "is_causal": False, "is_decoder": True, "chunk_size_feed_forward": 2,
+    "is_encoder_decoder": True, "output_hidden_states": True, "problem_type": "regression",
+}  # fmt: skip
+
+
+def test_every_setting_is_known():
+    names = set(transformers.GPT2Config.__annotations__) - {"attribute_map", "model_type"}
+    assert names <= OTHERWISE.keys()
+    assert set(transformers.GPT2Config.attribute_map) == set(huggingface.ALIASES.values())
+    assert {v: k for k, v in huggingface.ALIASES.items()} == transformers.GPT2Config.attribute_map
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_every_setting_is_honoured_or_refused(name, tmp_path):
+    """The model of a config with one setting changed gives their logits, or is not loaded."""
+    torch.manual_seed(7)
+    shape = SHAPES["small"] | {"initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | {name: OTHERWISE[name]})).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    about = json.loads((tmp_path / "hf/config.json").read_text())
+    assert about[name] == OTHERWISE[name]  # and so it is in the file
+    tokens = np.arange(24) * 5 % 190
+    logits = theirs(torch.tensor(tokens[None])).logits[0].detach().numpy()
+    changes = ("activation_function", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+    if name in (*changes, "add_cross_attention", "is_causal"):
+        with pytest.raises(tl.TapelessError, match=f"{name} is"):
+            tl.load(tmp_path / "hf")
+    else:
+        model = tl.load(tmp_path / "hf", "reference")
+        np.testing.assert_allclose(model.logits(tokens), logits, rtol=0, atol=1e-4)
+
+
+def test_activations_of_the_same_formula():
+    """Of all GELUs that transformers knows, those that differ by rounding are accepted."""
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    functions = transformers.activations.ACT2FN
+    gelus = {name: functions[name](x) for name in functions if "gelu" in name}
+    assert len(gelus) > 6
+    same = {name for name, y in gelus.items() if torch.allclose(y, gelus["gelu_new"], rtol=0, atol=1e-11)}
+    assert same == set(huggingface.SETTINGS["activation_function"])
 
 
 def test_what_comes_back_is_what_was_saved(theirs, saved):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from tapeless.errors import ConfigError, did_you_mean
 
@@ -15,6 +16,10 @@ COMPUTED = ("recompute", "precision")
 # One tensor index must fit 32 bits on the smallest chip we export to, and no real model comes near.
 MAX_SIZE = 2**24
 MAX_STREAMS = 16
+SMALLEST = 1e-30  # least value of a setting that must be above 0: far smaller ones are 0 in float32
+LATER = ("attention_tile", "recompute", "precision")  # fields that older versions did not write
+
+Described = TypeVar("Described")
 
 
 def whole(name: str, value: Any, least: int, most: int) -> int:
@@ -34,6 +39,22 @@ def number(name: str, value: Any, low: float, high: float, *, ends: str = "") ->
         most = f"at most {high:g}" if ends == "high" else f"below {high:g}"
         raise ConfigError(f"{name} must be a number {least} and {most}, not {value!r}.")
     return float(value)
+
+
+def from_saved(kind: type[Described], content: Any, later: Sequence[str]) -> Described:
+    """Return the dataclass `kind` with the fields that a file holds.
+
+    Raises `ConfigError` for an unknown or missing field, or a value that cannot be. Those in `later` may
+    be missing: older versions did not write them, and their defaults are what these versions did.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"expected settings by name, not {content!r}.")
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := [name for name in content if name not in known]:
+        raise ConfigError(f"this version has no setting {unknown[0]!r}.")
+    if missing := [name for name in known if name not in content and name not in later]:
+        raise ConfigError(f"{missing[0]} is missing.")
+    return kind(**content)
 
 
 def setting(
@@ -103,7 +124,9 @@ class GPTConfig:
     norm_attn: bool = setting(True, "A norm before attention (pre-norm).")
     norm_mlp: bool = setting(True, "A norm before the MLP (pre-norm).")
     norm_final: bool = setting(False, "A norm before the head.")
-    norm_eps: float = setting(1e-5, "Added to the mean square or variance in a norm.", least=0, most=1)
+    norm_eps: float = setting(
+        1e-5, "Added to the mean square or variance in a norm.", least=SMALLEST, most=1, ends="low"
+    )
     activation: str = setting("relu", "Nonlinearity of the MLP; gelu is the tanh form.", "relu", "gelu")
     bias: bool = setting(False, "Linear layers have biases.")
     tied: bool = setting(False, "The head is the transposed token embedding (weight tying).")

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from tapeless.config import COMPUTED, GPTConfig, whole
+from tapeless.config import COMPUTED, GPTConfig, from_saved, whole
 from tapeless.data.documents import BUILT_IN
 from tapeless.data.orders import Tokens, make_order
 from tapeless.data.sources import Data, are_tokens, open_data
@@ -26,7 +26,7 @@ from tapeless.job import Job
 from tapeless.memory import check_memory
 from tapeless.model import GPT
 from tapeless.presets import FINETUNING, Preset, get_preset
-from tapeless.settings import Training, home
+from tapeless.settings import LATER, Training, home
 from tapeless.team import check_threads
 
 # What a checkpoint's architecture may differ in from a preset's: it depends on the data, or changes no
@@ -157,7 +157,9 @@ def resumed(
             threads = check_threads(saved["engine"], saved.get("threads"))
         plan = Plan(
             saved["preset"],
-            Preset(saved["preset"], config, Training(**saved["training"]), saved["tokenizer"]),
+            Preset(
+                saved["preset"], config, from_saved(Training, saved["training"], LATER), saved["tokenizer"]
+            ),
             saved["data"] if data is None else data,
             saved["val"] if val is None else val,
             saved["seed"],
@@ -178,9 +180,10 @@ def resumed(
         before = dataclasses.asdict(plan.preset.training) | {
             name: saved.get(name) for name in ("engine", "dtype", "threads")
         }
-    except (KeyError, TypeError, ConfigError):
+    except (KeyError, TypeError, ConfigError) as error:
+        reason = f"{error} is missing." if isinstance(error, KeyError) else str(error)
         raise RunError(
-            f"{place / runs.CONFIG} does not describe a training run, so it cannot be resumed."
+            f"{place / runs.CONFIG} does not describe a training run, so it cannot be resumed: {reason}"
         ) from None
     for what, was, now in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
         if now is not None and now != was:

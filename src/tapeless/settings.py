@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tapeless.config import GPTConfig, check_settings, described, setting
+from tapeless.config import SMALLEST, GPTConfig, check_settings, described, setting
 from tapeless.data.headerless import AUTO, TOKEN_DTYPES
 from tapeless.errors import ConfigError, did_you_mean
 
@@ -20,6 +20,7 @@ MAX_TEMPERATURE = 1e6
 
 MAX_TOML = 2**14  # bytes
 
+LATER = ("bad_steps", "spike", "token_dtype")  # fields that older versions did not write
 DOCUMENTS = ("shuffle", "draw")  # the orders of documents; the others are of windows
 
 
@@ -41,7 +42,7 @@ class Training:
     window: int = setting(
         0, "Longest document or window to train on, in tokens; 0 means block_size.", least=0, most=MAX_STEPS
     )
-    lr: float = setting(0.01, "The highest learning rate.", least=0, most=1e6)
+    lr: float = setting(0.01, "The highest learning rate.", least=SMALLEST, most=1e6, ends="low")
     schedule: str = setting(
         "linear", "How the learning rate falls from lr to min_lr.", "constant", "linear", "cosine"
     )
@@ -50,7 +51,7 @@ class Training:
     optimiser: str = setting("adam", "The update rule.", "sgd", "adam", "adamw")
     beta1: float = setting(0.85, "Decay of Adam's first moment.", least=0, most=1, ends="low")
     beta2: float = setting(0.99, "Decay of Adam's second moment.", least=0, most=1, ends="low")
-    eps: float = setting(1e-8, "Added to Adam's denominator.", least=0, most=1)
+    eps: float = setting(1e-8, "Added to Adam's denominator.", least=SMALLEST, most=1, ends="low")
     weight_decay: float = setting(
         0.0, "Decoupled weight decay of matrices (adamw only).", least=0, most=1e3, ends="low"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tapeless import plan
-from tapeless.config import GPTConfig, whole
+from tapeless.config import GPTConfig, from_saved, whole
 from tapeless.data.tokenizers import Numbers, Tokenizer
 from tapeless.errors import ConfigError, RunError, argument, did_you_mean
 from tapeless.export.trace import Trace, record
@@ -20,7 +20,7 @@ from tapeless.job import Job
 from tapeless.layout import n_params
 from tapeless.model import GPT, load
 from tapeless.presets import FINETUNING, Preset, presets
-from tapeless.settings import Training
+from tapeless.settings import LATER, Training
 
 MODES = ("train", "generate", "both")
 MAX_COUNT = 2**31 - 1
@@ -208,11 +208,9 @@ def training_of(source: str) -> Training:
     if "training" not in about:
         return FINETUNING
     try:
-        return Training(**about["training"])
-    except (TypeError, ConfigError):
-        raise RunError(
-            f"{Path(source) / runs.CONFIG} does not describe a training run: it is damaged."
-        ) from None
+        return from_saved(Training, about["training"], LATER)
+    except (TypeError, ConfigError) as error:
+        raise RunError(f"{Path(source) / runs.CONFIG} does not describe a training run: {error}") from None
 
 
 def data_of(source: str) -> str:

@@ -34,6 +34,7 @@ from tapeless.io.runs import (
 from tapeless.io.tensors import Checkpoint, Part, Stored, Transposed
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -46,7 +47,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     GENERATION,
 )
-FILES = (CONFIG, MODEL, INDEX, "model-*-of-*.safetensors", *TOKENIZER_FILES)  # of all on the hub
+FILES = (CONFIG, MODEL, INDEX, ADAPTER, "model-*-of-*.safetensors", *TOKENIZER_FILES)  # of all on the hub
 # What must stand in config.json, or not at all. The first is GPT-2's; the others are the same.
 SETTINGS = {
     "activation_function": (
@@ -60,7 +61,7 @@ SETTINGS = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-# The same for what transformers knows of any model, and does not write into a GPT-2's.
+# Likewise for entries of any model in transformers, which a GPT-2's config.json usually lacks.
 COMMON: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
     "per_layer_config": (None, {}),
@@ -88,7 +89,7 @@ ALIASES = {
 }
 # and ignores these, which other families have for GPTConfig's.
 FOREIGN = {"num_heads": "n_head", "intermediate_size": "n_hidden", "layer_norm_eps": "norm_eps"}
-# What a copy of a model does not take over as it is.
+# Entries that a copy does not keep: they are written anew, or do not apply to it.
 OWN = {
     "architectures",
     "model_type",
@@ -118,6 +119,8 @@ IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # masks
 def open_model(folder: Path) -> Checkpoint:
     """The model of a folder. Raises `RunError` for another architecture, or where a file is missing,
     damaged, or does not match config.json."""
+    if (folder / ADAPTER).exists():  # transformers would load another model, and this on top of it
+        raise RunError(f"{folder} holds an adapter, {ADAPTER}: merge it into its model with peft first.")
     path = folder / CONFIG
     about = read_json(path)
     config = _config(path, about)
@@ -199,7 +202,10 @@ def _config(path: Path, about: dict[str, Any]) -> GPTConfig:
     for name, values in (SETTINGS | COMMON).items():
         value = about.get(name, values[0])
         if value not in values:
-            raise RunError(f"{path}: {name} is {value!r}; only GPT-2's own, {values[0]!r}, can be loaded.")
+            also = f" (or {', '.join(values[1:])})" if name == "activation_function" else ""
+            raise RunError(
+                f"{path}: {name} is {value!r}; only GPT-2's own, {values[0]!r}{also}, can be loaded."
+            )
     if not isinstance(tied := about.get(TIED, True), bool):
         raise RunError(f"{path}: {TIED} is {tied!r}; expected true or false.")
     sizes: dict[str, Any] = {}
@@ -253,8 +259,8 @@ def _stored(folder: Path) -> dict[str, Stored]:
     if homes is not None and (differing := homes.items() ^ found.items()):
         name = min(differing)[0]
         raise RunError(
-            f"{index} does not match its files: it has {name!r} in {homes.get(name, 'none')}, but that is in "
-            f"{found.get(name, 'none')} of them."
+            f"{index} does not match its files: it says that {name!r} is in {homes.get(name, 'none')}, "
+            f"but it is in {found.get(name, 'none')}."
         )
     return tensors
 
@@ -266,7 +272,7 @@ def _plain(name: str) -> str:
 
 
 def _homes(index: Path) -> dict[str, str]:
-    """The file of each tensor. What else an index says, such as total_size, nobody goes by."""
+    """Return the file that holds each tensor. Metadata such as total_size is not used."""
     try:
         homes = read_json(index)["weight_map"]
         if not all(name == Path(name).name for name in homes.values()):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tapeless.errors import Notice, RunError
+from tapeless.regular import open_regular
 
 fcntl: Any
 msvcrt: Any
@@ -26,6 +28,7 @@ except ImportError:  # not Windows
 LOCK = ".lock"
 BEYOND = 2**30  # of the file, which can then be read while its byte at this place is locked
 BUSY = (errno.EACCES, errno.EDEADLK)  # what Windows says of a locked byte
+MOST = 300  # bytes of it that are shown
 
 
 class Locked(RunError):
@@ -62,8 +65,11 @@ class Lock:
 
     def _attempt(self, path: Path) -> int | None:
         """The open file once it is locked; None if it was removed by the process that had it."""
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # A link in a folder from elsewhere may lead to any file of the user's.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise OSError(None, f"{LOCK} is no regular file")
             if not _flock(file):
                 text = f"{self.folder}: files cannot be locked here; let no other process train in it."
                 warnings.warn(Notice(text), stacklevel=4)
@@ -83,7 +89,8 @@ class Lock:
     def _owner(self) -> str:
         assert self.folder is not None
         try:
-            return (self.folder / LOCK).read_text(errors="replace") or "another process"
+            with open_regular(self.folder / LOCK) as file:
+                return file.read(MOST).decode(errors="replace") or "another process"
         except OSError:
             return "another process"
 

@@ -40,7 +40,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from tapeless import files
-from tapeless.config import GPTConfig
+from tapeless.config import LATER, GPTConfig, from_saved
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
 from tapeless.ends import Ends
 from tapeless.errors import ConfigError, DataError, RunError
@@ -337,7 +337,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
     path = folder / CONFIG
     content = read_json(path)
     try:
-        config = GPTConfig(**content["model"])
+        config = from_saved(GPTConfig, content["model"], LATER)
         assert config.vocab  # a saved model knows its tokens
         return config, content
     except (KeyError, TypeError):
@@ -400,7 +400,7 @@ def check_state_size(place: Path, config: GPTConfig) -> None:
 
 def read_into(views: Mapping[str, np.ndarray], path: Path, optional: Sequence[str] = ()) -> None:
     """Copy the tensors of a file into `views`, by name; of the `optional` ones those that it has. Raises
-    `RunError`, before anything is copied, where `open_tensors` does."""
+    `RunError`, before anything is copied, where `open_tensors` does, and for a number that does not fit."""
     expected = {name: (view.shape, view.dtype) for name, view in views.items()}
     tensors = open_tensors(path, expected, optional)
     for name, tensor in tensors.items():
