@@ -14,6 +14,7 @@ import pytest
 import tapeless as tl
 from commands import contents, refused, succeeds
 from shard_files import write_shard
+from tapeless import plan
 from test_runs import StopAt, killed_at_last, losses
 from test_saves import CHANGES, checkpoints, forks, save_always, steps
 from test_training import lasting
@@ -120,6 +121,18 @@ def test_a_run_from_a_checkpoint_goes_on_by_the_same_command(tmp_path):
     again = [word if word != "run" else "other" for word in command]
     error = refused(*again, "--steps", 9, cwd=tmp_path)
     assert re.search(r"tuned was started from .*run, not from other\.", error)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_a_name_on_the_hub_is_the_same_model(name, tmp_path):
+    """By where huggingface_hub keeps its copies."""
+    kept = pytest.importorskip("huggingface_hub.file_download").repo_folder_name(
+        repo_id=name, repo_type="model"
+    )
+    copy = tmp_path / kept / "snapshots" / ("a" * 40)
+    assert plan._came_from(str(copy), name)
+    assert not plan._came_from(str(copy), f"{name}-medium")
+    assert not plan._came_from(None, name)
 
 
 @forks
