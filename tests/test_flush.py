@@ -27,7 +27,7 @@ QUIET = {"engine": "reference", "samples": 1, "progress": False}
 
 
 class Recorder:
-    """What is done to files, in order: ("flush", path, None), ("rename", old, new) and ("remove", path, None).
+    """What is done to files, in order: ("flush", path, None), ("rename", old, new), ("remove", path, None).
     `sizes` are those that files had when they were flushed, by event."""
 
     def __init__(self, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_save_is_flushed_in_order(tmp_path, monkeypatch):
     assert others == []
     # Files at the top, each by itself; and the texts.
     for name in ("config.json", "model.safetensors", "state.safetensors", "samples.txt"):
-        moved = seen.first("rename", folder / name)
+        moved = seen.first("rename", folder / name, after=named)
         assert seen.flushed_before(folder / name, moved) == (folder / name).stat().st_size
         assert seen.first("flush", folder, after=moved)
 

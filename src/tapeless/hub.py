@@ -18,6 +18,11 @@ def is_name(source: str) -> bool:
     return source in BARE or bool(found and found[1] != "runs" and not Path(found[1]).exists())
 
 
+def is_copy(folder: Path, name: str) -> bool:
+    """Whether a folder is the hub's copy of a model on this machine."""
+    return f"models--{name.replace('/', '--')}" in folder.parts
+
+
 def fetch(name: str, files: Sequence[str], missing: str, instead: str) -> Path:
     """The folder of a model's files of these names or patterns, fetched unless they are in the hub's
     cache on this machine.

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from tapeless import hub
 from tapeless.config import COMPUTED, GPTConfig, from_saved, whole
 from tapeless.data.documents import BUILT_IN
 from tapeless.data.orders import Tokens, make_order
@@ -188,7 +189,7 @@ def resumed(
     for what, was, now in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
         if now is not None and now != was:
             raise RunError(f"{folder} was started with {what} {was}, not {now}.")
-    if pretrained is not None and not _same_model(plan.pretrained, pretrained):
+    if pretrained is not None and not _came_from(plan.pretrained, pretrained):
         was = plan.pretrained or "new weights"
         raise RunError(f"{folder} was started from {was}, not from {pretrained}.")
     if plan.pretrained is not None:
@@ -208,11 +209,11 @@ def resumed(
     return plan._replace(changes=changes)
 
 
-def _same_model(was: str | None, now: str | Path) -> bool:
-    """Whether a run that was started from a model could have been started from `now`. A name on the hub does
-    not tell where it lies on this machine."""
-    here = was is not None and Path(was).exists() and Path(now).exists()
-    return was is not None and (not here or Path(was).samefile(now))
+def _came_from(path: str | None, source: str | Path) -> bool:
+    """Whether `source`, a path or a name on the hub, is the model at `path`; None is no model."""
+    if path is None:
+        return False
+    return Path(path).resolve() == Path(source).resolve() or hub.is_copy(Path(path), str(source))
 
 
 def _difference(old: GPTConfig, new: GPTConfig) -> str:

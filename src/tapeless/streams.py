@@ -1,4 +1,4 @@
-"""Streams for people to read, which may go away: a terminal is closed, a pipe has no reader, a disk is full."""
+"""Standard output and error, which may go away: a closed terminal, a pipe without a reader, a full disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Display:
 
 
 class OutputClosed(Exception):
-    """Nobody reads the output any more. Not an OSError: libraries handle BrokenPipeError in their own ways."""
+    """The output has no reader any more. Not an OSError: rich handles BrokenPipeError in its own way."""
 
 
 class Output:
