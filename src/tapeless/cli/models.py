@@ -112,10 +112,10 @@ def budget(
         raise ConfigError(
             "mode, data and weights are of programs for chips: give --target, or leave them out."
         )
-    _cpu_budget(preset, _model_config(preset, set_).replace(**sizes), batch, threads)
+    _cpu_budget(preset, parse_settings(set_) | sizes | batch, threads)
 
 
-def _cpu_budget(preset: str, config: Any, batch: dict[str, int], threads: int | None) -> None:
+def _cpu_budget(preset: str, settings: dict[str, Any], threads: int | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -124,9 +124,11 @@ def _cpu_budget(preset: str, config: Any, batch: dict[str, int], threads: int | 
     from tapeless.memory import training_memory
     from tapeless.presets import get_preset
 
-    documents = get_preset(preset).with_settings(batch).training.batch_size
+    chosen = get_preset(preset).with_settings(settings)
+    config, documents = chosen.model, chosen.training.batch_size
+    config = config.replace(vocab_size=config.vocab_size or 27)  # without data: 26 letters and BOS
     tokens = documents * config.block_size
-    plans, team = training_memory(config, "cpu", "float32", documents, threads, config.block_size)
+    plans, team = training_memory(config, chosen.training, "cpu", "float32", threads, config.block_size)
     table = Table("buffer", box=None)
     table.add_column("bytes", justify="right")
     table.add_column("largest tensors")
