@@ -368,6 +368,8 @@ def test_the_budget_is_static_ram_to_the_byte(sets, tmp_path):
         for what in ("total", "stack, at most")
     )
     assert abs(ram - stack - static) <= 64  # the gaps between variables are the linker's
+    if sets == ("optimiser=sgd",):
+        assert ram == 60_853  # with the stack: in 64 KB
 
 
 def test_another_project_in_its_place_leaves_nothing_of_the_first(trained_run, tmp_path):

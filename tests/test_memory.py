@@ -109,7 +109,16 @@ WIDE = {"n_embd": 256, "n_head": 4, "n_layer": 1, "max_tokens": 9}
     ("preset", "settings", "engine", "threads", "longest", "snapshots", "steps", "batch"),
     [
         ("microgpt", {"block_size": 6}, "reference", None, 6, 2**25, 6, 4),
-        ("microgpt", {"block_size": 6, "val_fraction": 0.1, "eval_every": 500}, "cpu", None, 6, 2**25, 2000, 16),
+        (
+            "microgpt",
+            {"block_size": 6, "val_fraction": 0.1, "eval_every": 500},
+            "cpu",
+            None,
+            6,
+            2**25,
+            2000,
+            16,
+        ),
         ("flashmicrogpt", {"block_size": 6, "val_fraction": 0.01, "eval_every": 4}, "cpu", 2, 6, 2**25, 6, 4),
         ("microgpt", {"block_size": 6, "optimiser": "sgd", "sample_every": 4}, "cpu", 1, 6, 2**25, 6, 4),
         ("shakespeare-char", WIDE | {"sample_every": 4, "recompute": True}, "cpu", 2, 64, 0, 6, 4),
@@ -135,7 +144,14 @@ def test_the_budget_is_what_training_really_takes(
     (tmp_path / "text").write_text("to be or not to be, that is the question.\n" * 300)
     data, out = "names" if "micro" in preset else str(tmp_path / "text"), str(tmp_path / "run")
     arrays, peak, sizes = json.loads(child(ALLOCATED.format(**locals())).splitlines()[-1])
-    bounded = {"losses", "documents of a call", "texts of a call", "looking at the state", "validating", "saving"}
+    bounded = {
+        "losses",
+        "documents of a call",
+        "texts of a call",
+        "looking at the state",
+        "validating",
+        "saving",
+    }
     exact = sum(size for name, size in sizes.items() if name not in bounded)
     if "sample_every" not in settings:  # texts come after the end
         exact -= sum(size for name, size in sizes.items() if "sampling" in name or name == "generating texts")

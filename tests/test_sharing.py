@@ -145,9 +145,8 @@ def test_the_lock_keeps_gradients_together():
 
 def test_a_call_that_fails_leaves_the_model_to_others():
     model, batch = a_model(2), random_batch(CONFIG, [5, 5], 0)
-    with ThreadPoolExecutor(1) as pool:
-        with pytest.raises(DataError):
-            pool.submit(model.loss, [99], [0]).result()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(DataError):
+        pool.submit(model.loss, [99], [0]).result()
     assert model.loss(*batch) == model.loss(*batch)
 
 

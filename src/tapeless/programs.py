@@ -78,12 +78,11 @@ def _make_evaluate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
 
 
 def _make_gradient(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    forward, backward, rows_of, meet = schedule.forward, schedule.backward, ops.rows, ops.meet
+    forward, backward = schedule.forward, schedule.backward
 
     def gradient(groups):
         p, g, a, d, batch, flat, result = groups
         flat.grads[:] = 0
-        meet(rows_of(batch))
         result.loss[batch.share[ME]] = forward(p, a, batch)
         backward(p, g, a, d, batch)
 
@@ -154,7 +153,6 @@ def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -
                     )  # fmt: skip
                 else:
                     sgd(opt.params, flat.grads, opt.m, lr, momentum, scale)
-            meet(rows_of(batch))
             k += 1
         if me == 0:
             data.ended[0], data.ended[1] = k, wrong

@@ -95,9 +95,10 @@ def budget(
     data: Annotated[str | None, option("On a chip: what it trains on.", "DATA", "names")] = None,
     weights: Annotated[str | None, option("On a chip: float32, or int8.", "NAME", "float32")] = None,
 ) -> None:
-    """Show the memory that training takes, to the byte, before anything is allocated.
+    """Show the memory that training takes, before anything is allocated.
 
-    Each document counts as a full block of tokens. On a chip it is what tapeless export
+    Each document counts as a full block of tokens. Buffers are exact; what a call works with besides is the
+    most it may take. The data and Python itself come on top. On a chip it is what tapeless export
     writes, static RAM to the byte. Exit code 1 if it does not fit.
     """
     chosen = {"block_size": block_size, "recompute": recompute}
@@ -145,6 +146,10 @@ def _cpu_budget(preset: str, settings: dict[str, Any], threads: int | None) -> N
         f"{team} thread{'s' if team > 1 else ''}, float32"
     )
     console.print(table)
+    console.print(
+        "On top of it come the tokens of a text (4 bytes each; token files stay on disk) and its documents "
+        "(32 bytes each), which a run counts as well, and Python itself (some 100 MB)."
+    )
     fits = needed <= free
     console.print(f"{'Fits' if fits else 'Does not fit'} in the {free / 1e9:,.1f} GB that are free.")
     if not fits:
