@@ -30,7 +30,8 @@ CONFIGS = {{
     "rms": dict(NORMS, norm="rms", norm_embed=True, norm_final=True, bias=True, recompute=True),
     "bare": dict(norm="rms", norm_attn=True, norm_mlp=True, recompute=True),
     "again": dict(NORMS, norm="layer", norm_bias=True, norm_embed=True, norm_attn=False, recompute=True),
-    "layer": dict(NORMS, norm="layer", norm_bias=True, norm_final=True, tied=True, activation="gelu", n_embd=6),
+    "layer": dict(NORMS, norm="layer", norm_bias=True, norm_final=True, tied=True, activation="gelu",
+                  n_embd=6, recompute=True),
     "mhc": dict(norm="rms", norm_attn=True, norm_mlp=True, residual="mhc", n_streams=2),
     "streams": dict(NORMS, norm="rms", norm_embed=True, residual="mhc", n_streams=3, tied=True, n_layer=1),
     "large": dict(n_embd=16, n_hidden=32, bias=True, tied=True),
@@ -79,7 +80,8 @@ CASES = [(gradient, name, threads, lengths) for name in CONFIGS
          for threads, lengths in ((2, [3, 1, 2, 4]), (3, [5, 3]))]
 CASES += [(training, "rms", 2, "adamw"), (training, "layer", 3, "adamw"), (training, "plain", 2, "sgd"),
           (training, "mhc", 2, "adamw")]
-CASES += [(generating, name, 2, prompt) for name in CONFIGS for prompt in (1, 11)]
+CASES += [(generating, name, 2, prompt) for name in ("plain", "layer", "streams", "large", "large, bf16")
+          for prompt in (1, 11)]
 
 def run(case):
     "Run a case, and compare what it finds with the reference; bfloat16 rounds otherwise."
@@ -107,12 +109,10 @@ for place in wanted:
     for case in visits[place]:
         try:
             case[0](*case[1:])
-        except races.Race as race:
-            print(f"without {place}: {race}: {case[0].__name__} {case[1:]}", file=sys.stderr)
+        except races.Race:
             break
     else:
         missed.append(place)
-        print(f"without {place}: nothing", file=sys.stderr)
 print(json.dumps(missed))
 """
 TESTS = str(Path(__file__).parent)
@@ -139,6 +139,5 @@ def test_no_two_threads_use_a_number_at_the_same_time(barriers):
 @pytest.mark.oracle
 def test_leaving_out_any_barrier_is_noticed(barriers, child):
     """One after the other: so each is needed, and none can be lost without a test that fails."""
-    assert (
-        json.loads(child(CHILD.format(tests=TESTS) + LEAVE_OUT.replace("{places!r}", repr(barriers)))) == []
-    )
+    code = CHILD.format(tests=TESTS) + LEAVE_OUT.replace("{places!r}", repr(barriers))
+    assert json.loads(child(code)) == []

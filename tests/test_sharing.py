@@ -1,4 +1,4 @@
-"""One model used by many threads, copied, pickled and forked: every answer is the one that a call gives alone."""
+"""One model used by many threads, copied, pickled, forked: each answer is the one that a call gives alone."""
 
 from __future__ import annotations
 
