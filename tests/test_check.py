@@ -177,7 +177,7 @@ def test_the_budget_is_what_is_allocated():
     for name, views in (("activations", model.engine.a), ("activation gradients", model.engine.d)):
         assert sum(view.nbytes for view in views) == sum(plans[name].sizes().values())
         gaps = plans[name].nbytes - sum(plans[name].sizes().values())
-        assert 0 <= gaps < 64 * len(views)
+        assert 0 <= gaps < 128 * len(views)  # each begins on a line of 128 bytes
 
 
 def test_flash_memory_grows_linearly_with_the_block():

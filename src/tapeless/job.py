@@ -109,7 +109,8 @@ class Job:
     def until_pause(self) -> int:
         """Steps until the next one after which there is something else to do."""
         t = self.training
-        left = [t.steps - self.step, steps_at_once(t, self.longest)]
+        reads = not isinstance(self.data.train, Corpus)
+        left = [t.steps - self.step, steps_at_once(t, self.longest, reads)]
         left += [every - self.step % every for every in (t.eval_every, t.sample_every) if every]
         return min(left)
 

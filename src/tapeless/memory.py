@@ -45,7 +45,7 @@ WRITTEN, HASHED = 2**22, 2**18
 LOSSES = 2**23
 
 
-def steps_at_once(training: Training, longest: int, reads: bool = True) -> int:
+def steps_at_once(training: Training, longest: int, reads: bool) -> int:
     """How many steps one call may do. `reads`: their tokens are read from files each time."""
     return max(1, CALL // _step_bytes(training, longest, reads))
 
