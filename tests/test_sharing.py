@@ -84,7 +84,7 @@ def test_every_answer_is_the_one_given_alone(engine, threads, tmp_path):
 @pytest.mark.oracle
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_answer_is_the_one_given_alone_for_long(threads, tmp_path):
-    assert disagreements(a_model(threads), 16, 2000, tmp_path) == 0
+    assert disagreements(a_model(threads), 16, 1000, tmp_path) == 0
 
 
 def test_a_web_application(tmp_path):
