@@ -242,7 +242,7 @@ def step_memory(B: int, T: int, recompute: bool, threads: int) -> None:
 def peak_memory(threads: int) -> None:
     for name, (B, T) in AT_ONCE.items():
         theirs = llmc_bytes(B, T)
-        planned = sum(plan.nbytes for plan in memory(CONFIG, "float32", B * T, B, threads).values())
+        planned = sum(plan.nbytes for plan in memory(CONFIG, "float32", B * T, B, threads, "mv").values())
         print(f"training step, {name}: llm.c {theirs / 1e9:.2f} GB; planned here {planned / 1e9:.2f} GB")
         for recompute in (False, True):
             command = [sys.executable, __file__, "--step", str(B), str(T), str(int(recompute))]

@@ -122,7 +122,7 @@ END
 
 
 def test_macos_counts_pages_that_are_free_or_inactive(machine):
-    """What psutil calls available: free and inactive pages, free ones being shown without speculative ones."""
+    """What psutil calls available. What is shown as free is without speculative pages."""
     root = machine({"usr/bin/vm_stat": VM_STAT}, meminfo="nothing of this kind")
     (root / "usr/bin/vm_stat").chmod(0o755)
     assert free_memory(root) == 16384 * (12000 + 500 + 70000)

@@ -93,6 +93,25 @@ def test_sgd_by_hand(ops):
     np.testing.assert_allclose(p, [0.775, -2.45], rtol=tolerance)
 
 
+def test_sgd_without_momentum_keeps_nothing(ops):
+    functions, dtype, tolerance = ops
+    p, none = np.array([1, -2], dtype), np.zeros(0, dtype)
+    functions.sgd(p, np.array([2, 4], dtype), none, 0.1, 0.0, 0.5)  # p − 0.05·g
+    np.testing.assert_allclose(p, [0.9, -2.2], rtol=tolerance)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("optimiser", "momentum", "kept"), [("sgd", 0, ""), ("sgd", 0.9, "m"), ("adamw", 0, "mv")]
+)
+def test_an_engine_keeps_the_moments_of_its_optimiser(engine, optimiser, momentum, kept):
+    engine = random_model(BIASED, engine).engine
+    engine.optimiser.constants[:5] = 0.9, 0.99, 1e-8, 0, momentum
+    engine.train(np.arange(9, dtype=np.int32) % 7, np.array([[[0, 6]]]), np.array([0.1]), optimiser)
+    assert engine.state.keys() == {"params", "powers", "means", *kept}
+    assert all(engine.state[name].shape == engine.params.shape for name in kept)
+
+
 def test_adamw_by_hand(ops):
     functions, dtype, tolerance = ops
     p = np.array([1, -1, 10, 10], dtype)

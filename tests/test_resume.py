@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from itertools import combinations, product
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import tapeless as tl
 from commands import refused, succeeds
@@ -220,3 +221,38 @@ def test_what_may_not_change_is_refused_with_the_difference(run, texts):
         arguments, where = resume("--steps", 8, *change, run=run)
         assert re.search(message, refused(*arguments, **where))
     assert files(run) == before
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_a_run_by_sgd_keeps_no_more_moments_than_it_has(engine, momentum, texts, tmp_path):
+    """A run of an older version has two of any optimiser, zero where they are not used."""
+
+    def train(steps, **more):
+        return tl.train(
+            texts / "lines.txt", steps=steps, samples=0, progress=False, engine=engine, **more
+        ).model.engine.params
+
+    chosen = {"optimiser": "sgd", "momentum": momentum, "lr": 0.1, "schedule": "constant"}
+    straight = train(6, set=chosen)
+    train(3, set=chosen, out=tmp_path)
+    path = tmp_path / "state.safetensors"
+    state = load_file(path)
+    assert state.keys() & {"m", "v"} == ({"m"} if momentum else set())
+    unused = np.zeros_like(state["params"])
+    save_file({"m": unused, "v": unused} | state, path)
+    shutil.rmtree(tmp_path / "checkpoints")  # they have checksums
+    assert np.array_equal(train(6, out=tmp_path, resume=True), straight)
+
+
+def test_momentum_may_begin_when_a_run_goes_on(texts, tmp_path):
+    """It begins from zero, as in PyTorch: by hand, m = g and then μm + g."""
+    common = {"samples": 0, "progress": False, "engine": "reference", "out": tmp_path}
+    options = {"optimiser": "sgd", "lr": 0.1, "schedule": "constant"}
+    tl.train(texts / "lines.txt", steps=2, set=options, **common)
+    engine = tl.train(steps=4, resume=True, set={"momentum": 0.5}, **common).model.engine
+    assert engine.state["m"].any()
+    saved = load_file(tmp_path / "state.safetensors")
+    assert np.array_equal(saved["m"], engine.state["m"])
+    tl.train(steps=5, resume=True, set={"momentum": 0}, **common)
+    assert "m" not in load_file(tmp_path / "state.safetensors")

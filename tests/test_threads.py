@@ -346,7 +346,7 @@ def test_the_budget_is_what_is_allocated(threads):
     engine = tl.GPT(ODD, threads=threads).engine
     engine.train(*training_data(ODD, 1, documents=8))
     engine.reserve(8 * ODD.block_size, 8, threads)
-    plans = memory(ODD, "float32", 8 * ODD.block_size, 8, threads)
+    plans = memory(ODD, "float32", 8 * ODD.block_size, 8, threads, "mv")
     groups = {"activations": engine.a, "activation gradients": engine.d, "batch": engine.batch}
     for name, group in groups.items():
         assert sum(view.nbytes for view in group) == sum(plans.pop(name).sizes().values())

@@ -35,7 +35,7 @@ from tapeless.layout import (
     streamed_width,
     view_class,
 )
-from tapeless.programs import DATA, FLAT, OPTIMISER, PROGRAMS, RESULT, SAMPLES, WEIGHTS
+from tapeless.programs import DATA, FLAT, OPTIMISER, PROGRAMS, RESULT, SAMPLES, WEIGHTS, moments
 from tapeless.schedule import make_schedule
 from tapeless.team import by_documents, check_threads, decoding_team, parts, shares, team_size
 
@@ -130,13 +130,16 @@ class Engine:
     def __getstate__(self) -> dict[str, Any]:
         groups = {"params": self.params, "grads": self.grads}
         if "optimiser" in self.__dict__:
-            groups |= {f"optimiser.{name}": array for name, array in self.optimiser._asdict().items()}
+            fields = self.optimiser._asdict().items()
+            groups |= {f"optimiser.{name}": array for name, array in fields if array.size}
         arrays = {name: array.copy() for name, array in groups.items()}
         return {"made": (self.config, self.name, str(self.dtype), self.threads), "arrays": arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Engine.__init__(self, *state["made"])
-        for name, array in state["arrays"].items():
+        arrays = state["arrays"]
+        self.reserve_moments([name for name in ("m", "v") if f"optimiser.{name}" in arrays])
+        for name, array in arrays.items():
             attrgetter(name)(self)[:] = array
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -180,16 +183,26 @@ class Engine:
 
     @cached_property
     def optimiser(self) -> Any:
-        """Adam's moments and running products, beside the parameters they belong to."""
-        m, v = (aligned_zeros(self.params.nbytes).view(self.dtype) for _ in range(2))
+        """What an optimiser keeps, beside the parameters. The moments `m` and `v` are empty until
+        `reserve_moments` makes room for them."""
+        none = np.empty(0, self.dtype)
         segments = decay_segments(self.config)
         rest = np.ones(2), np.zeros(4), segments, np.zeros(6), np.zeros(2)
-        return view_class("opt", OPTIMISER)(self.params, m, v, *rest)
+        return view_class("opt", OPTIMISER)(self.params, none, none, *rest)
+
+    @_exclusive
+    def reserve_moments(self, names: Sequence[str]) -> None:
+        """Make room for these moments, as `moments` names them; new ones are zero."""
+        for name in names:
+            if not getattr(self.optimiser, name).size:
+                zeros = aligned_zeros(self.params.nbytes).view(self.dtype)
+                self.optimiser = self.optimiser._replace(**{name: zeros})
 
     @property
     def state(self) -> dict[str, np.ndarray]:
-        """All that training steps change."""
-        return {name: getattr(self.optimiser, name) for name in ("params", "m", "v", "powers", "means")}
+        """All that training steps change, without moments that the optimiser does not keep."""
+        arrays = {name: getattr(self.optimiser, name) for name in ("params", "m", "v", "powers", "means")}
+        return {name: array for name, array in arrays.items() if array.size}
 
     def _optimisers(self, threads: int) -> list[Any]:
         """The group `opt` of each thread: its part of the parameters, products and means of its own."""
@@ -338,6 +351,7 @@ class Engine:
         spans = np.ascontiguousarray(spans.reshape(len(spans), -1, *spans.shape[-2:]))
         documents = spans.shape[2]
         threads = self.team(documents)
+        self.reserve_moments(moments(optimiser, self.optimiser.constants[4]))
         self.reserve(int(spans[..., 1].sum(-1).max()), documents, threads)
         losses, norms = np.zeros((self._capacity[2], len(spans))), np.zeros(len(spans))
         ended = np.zeros(2, np.int64)

@@ -62,7 +62,7 @@ def generate(
         max_tokens = min(max(1, model.config.block_size - len(ids)), MAX_TOKENS)
     max_tokens = whole("max_tokens", max_tokens, 1, MAX_TOKENS)
 
-    at_once = max(1, min(MANY, WORK // model.engine.params.size) // max_tokens)
+    at_once = texts_at_once(model.n_params, max_tokens)
     while n:
         some = min(n, at_once)
         n -= some
@@ -84,6 +84,11 @@ def generate(
         rng.uniforms(used)
         for row in rows:
             yield tokenizer.decode([*ids, *row.tolist()])
+
+
+def texts_at_once(n_params: int, max_tokens: int) -> int:
+    """How many texts of up to `max_tokens` one call of the engine generates."""
+    return max(1, min(MANY, WORK // n_params) // max_tokens)
 
 
 def _encoded(prompt: str, tokenizer: Any) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tapeless.engine import Steps
 from tapeless.errors import NumericsError
-from tapeless.memory import SNAPSHOTS
+from tapeless.memory import PIECE, SNAPSHOTS
 from tapeless.optim import learning_rates
 from tapeless.programs import BAD_LOSS, BAD_NORM, LOSS_SPIKE, NORM_SPIKE
 from tapeless.replay import described, first_not_finite
@@ -18,7 +18,6 @@ from tapeless.replay import described, first_not_finite
 if TYPE_CHECKING:
     from tapeless.job import Job
 
-PIECE = 2**20  # numbers looked at in one go
 MOST_SKIPPED = 100  # in a row; then nothing is learnt any more
 EXPLAINED = 3  # skipped steps that are done again to find the op
 
@@ -93,7 +92,7 @@ class Guard:
         state = self._job.model.engine.state
         return all(
             bool(np.isfinite(state[name][i : i + PIECE]).all())
-            for name in ("params", "m", "v")
+            for name in state.keys() & {"params", "m", "v"}
             for i in range(0, state[name].size, PIECE)
         )
 

@@ -23,8 +23,10 @@ from tapeless.generate import generate
 from tapeless.guard import Guard
 from tapeless.io import folders, runs, saves
 from tapeless.io.lock import Lock
+from tapeless.memory import LOSSES, steps_at_once
 from tapeless.model import GPT
 from tapeless.optim import learning_rates
+from tapeless.programs import moments
 from tapeless.rng import Random
 from tapeless.settings import Training
 
@@ -36,7 +38,7 @@ class Losses:
     """The losses of the last steps, `MOST` of them at least if there were so many: training for days must not
     take ever more memory."""
 
-    MOST, ROOM = 2**23, 2**10
+    MOST, ROOM = LOSSES, 2**10
 
     def __init__(self) -> None:
         self._room, self._size = np.empty(self.ROOM), 0
@@ -97,6 +99,7 @@ class Job:
         t = self.training
         constants = t.beta1, t.beta2, t.eps, t.weight_decay, t.momentum, t.grad_clip
         self.model.engine.optimiser.constants[:] = constants
+        self.model.engine.reserve_moments(moments(t.optimiser, t.momentum))
         self.folder = self.lock.folder
         self.guard = Guard(self)
 
@@ -110,7 +113,8 @@ class Job:
     def until_pause(self) -> int:
         """Steps until the next one after which there is something else to do."""
         t = self.training
-        left = [t.steps - self.step]
+        reads = not isinstance(self.data.train, Corpus)
+        left = [t.steps - self.step, steps_at_once(t, self.longest, reads)]
         left += [every - self.step % every for every in (t.eval_every, t.sample_every) if every]
         return min(left)
 
@@ -392,7 +396,11 @@ class Job:
         assert self.folder is not None
         path = place / runs.STATE
         state = self._state()
-        runs.read_into(state, path, optional=("means",))  # which older versions did not have
+        optional, unused = ["means"], []  # older versions had no means
+        if self.training.optimiser == "sgd":
+            # Momentum may have been changed, and older versions kept two moments of any optimiser.
+            optional, unused = ["means", "m"], [name for name in ("m", "v") if name not in state]
+        runs.read_into(state, path, optional, unused)
         self.step = int(state["step"][0])
         try:
             self.best = (float(state["best"][0]), int(state["best"][1]))

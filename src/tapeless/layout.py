@@ -356,16 +356,17 @@ def cut_segments(segments: np.ndarray, first: int, end: int) -> np.ndarray:
     return inside[inside[:, 0] < inside[:, 1]]
 
 
-def memory(config: GPTConfig, dtype: Any, tokens: int, documents: int, threads: int) -> dict[str, Plan]:
-    """What training on batches of up to `tokens` in `documents` allocates: a plan for each buffer, exact
-    to the byte, before anything is allocated."""
+def memory(
+    config: GPTConfig, dtype: Any, tokens: int, documents: int, threads: int, moments: Sequence[str]
+) -> dict[str, Plan]:
+    """The buffers of an engine that trains on batches of up to `tokens` in `documents`: a plan for each,
+    exact to the byte, before anything is allocated. `moments` are those of the optimiser, "m" and "v"."""
     sizes = {N: tokens, D: documents, W: threads, X: 0}
     flat = parameter_plan(config, dtype)
     return {
         "parameters": flat,
         "gradients": flat,
-        "optimiser m": flat,
-        "optimiser v": flat,
+        **{f"optimiser {moment}": flat for moment in moments},
         "activations": Plan(activations(config), dtype, sizes),
         "activation gradients": Plan(activation_grads(config), dtype, sizes),
         "batch": Plan(BATCH, dtype, sizes),

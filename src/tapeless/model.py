@@ -64,7 +64,7 @@ class GPT:
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         rng = seed if seed is None or isinstance(seed, Random) else generator(config, seed)
-        check_memory(config, engine, dtype, 0, threads)
+        check_memory(config, engine, dtype, None, threads)
         self.engine = Engine(config, engine, dtype, threads)
         if rng is not None:
             initialise(self.engine.p, config, rng)

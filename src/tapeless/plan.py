@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from tapeless import hub
 from tapeless.config import COMPUTED, GPTConfig, from_saved, whole
 from tapeless.data.documents import BUILT_IN
-from tapeless.data.orders import Tokens, make_order
+from tapeless.data.orders import Order, Tokens, make_order
+from tapeless.data.shards import Shards
 from tapeless.data.sources import Data, are_tokens, open_data
 from tapeless.data.tokenizers import MADE, CharTokenizer
 from tapeless.ends import Ends
@@ -24,7 +25,7 @@ from tapeless.io.lock import NOWHERE, Lock
 from tapeless.io.saves import KEEP, MAX_KEEP
 from tapeless.io.tensors import Checkpoint
 from tapeless.job import Job
-from tapeless.memory import check_memory
+from tapeless.memory import array_bytes, check_memory
 from tapeless.model import GPT
 from tapeless.presets import FINETUNING, Preset, get_preset
 from tapeless.settings import LATER, Training, home
@@ -240,9 +241,7 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     config = chosen.model
     if plan.saved is None:
         config = config.replace(vocab_size=data.vocab_size)
-    # What is trained on may be shorter than the model's block; positions beyond it take no activations.
-    check_memory(config, plan.engine, plan.dtype, training.batch_size, plan.threads, longest)
-    if plan.saved is not None:
+    else:
         runs.check_state_size(plan.saved, config)
     val_digest = None if data.val is None else data.val.digest
     if plan.digests is not None:
@@ -259,6 +258,10 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
 
     rng = generator(config, plan.seed)
     order = make_order(training.order, data.train, rng, training.batch_size, longest)
+    # What is trained on may be shorter than the model's block; positions beyond it take no activations.
+    check_memory(
+        config, plan.engine, plan.dtype, training, plan.threads, longest, **data_memory(data, order)
+    )  # fmt: skip
     weights = rng if plan.checkpoint is None else None
     model = GPT(
         config, weights, plan.engine, dtype=plan.dtype, threads=plan.threads, tokenizer=data.tokenizer
@@ -289,6 +292,17 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
         job.restore(plan.saved)
         job.change(plan.changes)
     return job
+
+
+def data_memory(data: Data, order: Order) -> dict[str, Any]:
+    """What `training_memory` counts of the data."""
+    parts = [part for part in (data.train, data.val) if part is not None]
+    spans = None if data.val is None else data.val.spans
+    return {
+        "held": array_bytes(*parts, order),
+        "reads": isinstance(data.train, Shards),
+        "scored": 0 if data.val is None else len(data.val.pieces) if spans is None else len(spans),
+    }
 
 
 def _short(digest: str | None) -> str:

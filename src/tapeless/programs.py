@@ -23,8 +23,8 @@ WEIGHTS = (Tensor("params", ("Q",)), Tensor("rounded", ("Q",), "uint16"))  # thi
 RESULT = (Tensor("loss", ("W",), "float64"),)  # of each thread's share
 OPTIMISER = (
     Tensor("params", ("Q",)),
-    Tensor("m", ("Q",)),
-    Tensor("v", ("Q",)),
+    Tensor("m", ("QM",)),  # moments, or nothing where the optimiser has none: see `moments`
+    Tensor("v", ("QV",)),
     Tensor("powers", (2,), "float64"),
     # What spikes are measured by: good steps so far, running means of their losses and gradients' norms;
     # and how many steps in a row were bad
@@ -41,6 +41,15 @@ DATA = (
     Tensor("norms", ("K",), "float64"),  # of the gradients, where something asks for them
     Tensor("ended", (2,), "int64"),  # steps done, and why not all of them: what is wrong with the last one
 )
+
+
+def moments(optimiser: str, momentum: float) -> tuple[str, ...]:
+    """Which moments an optimiser keeps of each parameter: Adam two, SGD one if it has momentum."""
+    if optimiser == "sgd":
+        return ("m",) if momentum else ()
+    return "m", "v"
+
+
 # What may be wrong with a step.
 GOOD, BAD_LOSS, BAD_NORM, LOSS_SPIKE, NORM_SPIKE = range(5)
 # A running mean is of the last hundred good steps, roughly, and counts from the twentieth on.
@@ -70,12 +79,11 @@ def _make_evaluate(schedule: Schedule, ops: Any, block_size: int) -> Callable:
 
 
 def _make_gradient(schedule: Schedule, ops: Any, block_size: int) -> Callable:
-    forward, backward, rows_of, meet = schedule.forward, schedule.backward, ops.rows, ops.meet
+    forward, backward = schedule.forward, schedule.backward
 
     def gradient(groups):
         p, g, a, d, batch, flat, result = groups
         flat.grads[:] = 0
-        meet(rows_of(batch))
         result.loss[batch.share[ME]] = forward(p, a, batch)
         backward(p, g, a, d, batch)
 
@@ -146,7 +154,6 @@ def _make_train(schedule: Schedule, ops: Any, block_size: int, adaptive: bool) -
                     )  # fmt: skip
                 else:
                     sgd(opt.params, flat.grads, opt.m, lr, momentum, scale)
-            meet(rows_of(batch))
             k += 1
         if me == 0:
             data.ended[0], data.ended[1] = k, wrong

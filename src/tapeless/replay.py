@@ -15,6 +15,7 @@ from tapeless.engine import Engine
 from tapeless.errors import ConfigError
 from tapeless.memory import check_memory
 from tapeless.ops import reference
+from tapeless.settings import Training
 
 SHOWN, LETTERS = 3, 40  # documents that are named, and how much of each
 
@@ -82,10 +83,11 @@ def first_not_finite(
     stream, spans, lr = step
     dtype = str(state["params"].dtype)
     try:
-        check_memory(config, "reference", dtype, spans.shape[1], None, longest)
+        check_memory(config, "reference", dtype, Training(batch_size=spans.shape[1]), None, longest)
     except ConfigError:
         return "There is not enough memory to look for the op by doing the step again."
     engine = _Replay(config, "reference", dtype)
+    engine.reserve_moments([name for name in ("m", "v") if name in state])
     for name, array in engine.state.items():
         array[:] = state[name]
     engine.optimiser.constants[:] = constants

@@ -20,8 +20,8 @@ from tapeless.bench.workload import SEED, Differs, Workload, compare
 from tapeless.engine import Engine
 from tapeless.flops import forward_flops
 from tapeless.io import runs
-from tapeless.presets import get_preset
 from tapeless.machine import processors
+from tapeless.presets import get_preset
 
 Say = Callable[[str], None]
 

@@ -140,9 +140,10 @@ def budget(
 ) -> None:
     """Show the memory that training takes, and estimate the time per step.
 
-    Nothing is allocated. Each document counts as a full block of tokens. A
-    run counts as it was trained, another model as fine-tuned by tapeless
-    train --pretrained.
+    Nothing is allocated. Each document counts as a full block of tokens.
+    Buffers are exact; what a call needs besides is the most it may take. Data
+    and Python itself come on top. A run counts as it was trained, another model
+    as fine-tuned by tapeless train --pretrained.
 
     With a chip as --target: the memory of the program that tapeless export
     writes, static RAM to the byte.
@@ -193,7 +194,7 @@ def _cpu_budget(source: str, config: Any, training: Any, threads: int | None) ->
 
     documents, longest = training.batch_size, training.window or config.block_size
     batches = training.batches(longest)
-    plans, team = training_memory(config, "cpu", "float32", documents, threads, longest)
+    plans, team = training_memory(config, training, "cpu", "float32", threads, longest)
     table = Table("buffer", box=None)
     table.add_column("bytes", justify="right")
     table.add_column("largest tensors")
@@ -211,6 +212,10 @@ def _cpu_budget(source: str, config: Any, training: Any, threads: int | None) ->
         f"{team} thread{'s' if team > 1 else ''}, float32"
     )
     console.print(table)
+    console.print(
+        "On top of it come the tokens of a text (4 bytes each; token files stay on disk) and its documents "
+        "(32 bytes each), which a run counts as well, and Python itself (some 100 MB)."
+    )
     fits = needed <= free
     console.print(f"{'Fits' if fits else 'Does not fit'} ({free / 1e9:,.1f} GB free).")
     console.print(_time(config, [longest] * documents, batches, team))

@@ -82,7 +82,8 @@ def budget(firmware: Firmware, quantised: Quantised | None, chip: Chip) -> list[
     if firmware.trains:
         moments = layout.kept * 4 // P - 2
         name = "Adam's moments" if moments == 2 else "momentum"
-        rows += [Row("parameters", P, 0), Row("gradients", P, 0), Row(name, moments * P, 0)]
+        rows += [Row("parameters", P, 0), Row("gradients", P, 0)]
+        rows += [Row(name, moments * P, 0)] if moments else []
     values: list[Value] = []
     for arena in (layout.step, layout.decode):
         values += arena.values if arena else []

@@ -16,6 +16,7 @@ from tapeless.export.ops import OPS
 from tapeless.export.trace import Ref
 from tapeless.export.weights import begin, number
 from tapeless.layout import parameter_plan
+from tapeless.programs import moments
 
 PLACES_EVERY = 16  # documents; those between are found by walking
 TOKEN_TYPES = {"uint8_t": 1, "uint16_t": 2, "uint32_t": 4}  # and their bytes
@@ -41,11 +42,11 @@ class Memory(NamedTuple):
 def memory(firmware: Firmware) -> Memory:
     """The plan of all RAM that the model itself takes."""
     step, decode = plans(firmware.trace)
-    moments = 1 if firmware.training.optimiser == "sgd" else 2
+    t = firmware.training
     return Memory(
         step if firmware.trains else None,
         decode if firmware.generates else None,
-        (2 + moments) * firmware.size if firmware.trains else 0,
+        (2 + len(moments(t.optimiser, t.momentum))) * firmware.size if firmware.trains else 0,
     )
 
 
@@ -180,7 +181,7 @@ def _optimiser(firmware: Firmware) -> Iterator[str]:
         for word in OPS[call.op].c.split():
             value = call.args.get(word, word)
             if isinstance(value, Ref):
-                words.append(f"ram + {places[word] + value.offset}")
+                words.append(f"ram + {places[word] + value.offset}" if value.size else "NULL")
             elif word == "grads.0":
                 words.append(str(dimension(call, word)))
             else:

@@ -172,7 +172,8 @@ def _record_optimiser(ops: Any, config: GPTConfig, training: Training) -> None:
     if t.grad_clip:
         ops.global_norm(buffers[1])
     if t.optimiser == "sgd":
-        ops.sgd(*buffers[:3], "lr", t.momentum, "scale")
+        m = buffers[2] if t.momentum else replace(buffers[2], shape=(0,))
+        ops.sgd(*buffers[:2], m, "lr", t.momentum, "scale")
         return
     segments = decay_segments(config) if t.weight_decay else [(0, n_params(config), 0)]
     for first, end, decays in segments:

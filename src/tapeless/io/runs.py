@@ -308,13 +308,17 @@ def read_json(path: Path) -> Any:
 
 
 def open_tensors(
-    path: Path, expected: Mapping[str, tuple[tuple[int, ...], Any]], optional: Sequence[str] = ()
+    path: Path,
+    expected: Mapping[str, tuple[tuple[int, ...], Any]],
+    optional: Sequence[str] = (),
+    unused: Sequence[str] = (),
 ) -> dict[str, Stored]:
-    """The tensors of a file, to be read. Raises `RunError` where it cannot be read, or does not hold
-    the `expected` names but for the `optional` ones, with these shapes and kinds of number."""
+    """The tensors of a file, to be read, without the `unused` ones. Raises `RunError` where it cannot be
+    read, or does not hold the `expected` names but for the `optional` ones, with these shapes and kinds of
+    number."""
     if not path.is_file():
         raise RunError(f"{path.parent} has no {path.name}: it is not a run folder, or incomplete.")
-    tensors = safetensors.open_file(path)
+    tensors = {name: stored for name, stored in safetensors.open_file(path).items() if name not in unused}
     expected = {name: what for name, what in expected.items() if name in tensors or name not in optional}
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -398,11 +402,14 @@ def check_state_size(place: Path, config: GPTConfig) -> None:
         raise RunError(f"{path} has {size:,} bytes, but the model of {CONFIG} alone has {least:,}.")
 
 
-def read_into(views: Mapping[str, np.ndarray], path: Path, optional: Sequence[str] = ()) -> None:
-    """Copy the tensors of a file into `views`, by name; of the `optional` ones those that it has. Raises
-    `RunError`, before anything is copied, where `open_tensors` does, and for a number that does not fit."""
+def read_into(
+    views: Mapping[str, np.ndarray], path: Path, optional: Sequence[str] = (), unused: Sequence[str] = ()
+) -> None:
+    """Copy the tensors of a file into `views`, by name, without the `unused` ones; of the `optional` ones
+    those that it has. Raises `RunError`, before anything is copied, where `open_tensors` does,
+    and for a number that does not fit."""
     expected = {name: (view.shape, view.dtype) for name, view in views.items()}
-    tensors = open_tensors(path, expected, optional)
+    tensors = open_tensors(path, expected, optional, unused)
     for name, tensor in tensors.items():
         stored, view = tensor.map(), views[name]
         with np.errstate(over="ignore"):

@@ -527,9 +527,13 @@ def global_norm(grads):
 
 
 def sgd(params, grads, m, lr, momentum, scale):
-    """m = μm + g,  p −= lr·m: gradient descent, with momentum where μ > 0 (Polyak 1964)."""
-    m[:] = momentum * m + scale * grads
-    params -= lr * m
+    """m = μm + g,  p −= lr·m: gradient descent with momentum (Polyak 1964). Without (μ = 0) m is g, and is
+    not kept: an array of size zero."""
+    if m.size:
+        m[:] = momentum * m + scale * grads
+        params -= lr * m
+    else:
+        params -= lr * (scale * grads)
 
 
 def adamw(params, grads, m, v, powers, segments, lr, beta1, beta2, eps, weight_decay, scale):

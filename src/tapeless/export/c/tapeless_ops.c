@@ -511,8 +511,10 @@ float tl_global_norm(const float *grads, int count)
 void tl_sgd(float *params, float *grads, float *m, int count, float lr, float momentum, float scale)
 {
     for (int i = 0; i < count; i++) {
-        m[i] = momentum * m[i] + scale * grads[i];
-        params[i] -= lr * m[i];
+        float g = scale * grads[i];
+        if (m)
+            m[i] = g += momentum * m[i];
+        params[i] -= lr * g;
         grads[i] = 0;
     }
 }

@@ -93,7 +93,8 @@ float tl_cross_entropy(float *dlogits, const float *logits, const tl_token *targ
 void tl_zero(float *x, int count);
 void tl_add(float *y, const float *x, int count); /* y += x */
 
-/* The optimisers clear the gradients as they go. A parameter's step uses scale times its gradient. */
+/* The optimisers clear the gradients as they go. A parameter's step uses scale times its gradient.
+ * Without momentum, m is NULL. */
 float tl_global_norm(const float *grads, int count);
 void tl_sgd(float *params, float *grads, float *m, int count, float lr, float momentum, float scale);
 /* rest1, rest2: 1 - beta1^t, 1 - beta2^t at step t, from 1 */

@@ -56,7 +56,8 @@ def make_ops(head_dim: int, block_size: int) -> dict[str, Callable]:
 
 @jit
 def meet_if_split(docs):
-    """Attention reads, and leaves, rows of other threads where those threads have parts of its documents."""
+    """Attention reads, and leaves, rows of other threads where those threads have parts of its documents.
+    (Before its backward pass stands a product that ends with a barrier.)"""
     if docs.split:
         meet(docs.rows)
 
@@ -92,7 +93,6 @@ def _by_rows(K: int, T: int) -> tuple[Callable, Callable]:
         meet_if_split(docs)
 
     def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, docs, tile):
-        meet_if_split(docs)
         (N, C), H = out.shape, lse.shape[1]
         queries, dqueries = matrix(qkv, 0, N, C, 3 * C), matrix(dqkv, 0, N, C, 3 * C)
         keys, values = matrix(qkv, C, N, C, 3 * C), matrix(qkv, 2 * C, N, C, 3 * C)
@@ -262,7 +262,6 @@ def _by_tiles(K: int, T: int) -> tuple[Callable, Callable]:
         return top + np.log(total)
 
     def flash_attention_backward(dqkv, scratch, dout, out, lse, qkv, docs, tile):
-        meet_if_split(docs)
         (N, C), H, own = out.shape, lse.shape[1], scratch[docs.rows.me]
         at = 0
         turned_k, at = matrix(own, at, P, TILE, TILE), at + P * TILE

@@ -102,7 +102,6 @@ def make_ops(precision: str, streams: bool) -> dict[str, Callable]:
         multiply(dx, dlogits, wte, wte[0, :0], rows.begin, rows.end, 0, wte.shape[1])
         meet(rows)
         add_outer(dwte, dlogits, x, rows)
-        meet(rows)
 
     @jit
     def few(rows):

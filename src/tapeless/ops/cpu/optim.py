@@ -24,9 +24,13 @@ def round_weights(rounded, params):
 
 def sgd(params, grads, m, lr, momentum, scale):
     rate, keep, factor = _f32(lr), _f32(momentum), _f32(scale)
-    for i in range(params.shape[0]):
-        m[i] = keep * m[i] + factor * grads[i]
-        params[i] -= rate * m[i]
+    if m.size:
+        for i in range(params.shape[0]):
+            m[i] = keep * m[i] + factor * grads[i]
+            params[i] -= rate * m[i]
+    else:
+        for i in range(params.shape[0]):
+            params[i] -= rate * (factor * grads[i])
 
 
 def adamw(params, grads, m, v, powers, segments, lr, beta1, beta2, eps, weight_decay, scale):
