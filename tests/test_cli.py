@@ -103,10 +103,11 @@ def test_training_shows_a_bar_on_a_terminal(tmp_path):
 def test_cut_documents_are_counted_once(tmp_path):
     (tmp_path / "long.txt").write_text("abcdefghijklmnop\nabcdefghijklmno\n" + "ab" * 40 + "\n")
     told = succeeds("train", "long.txt", *SMALL, cwd=tmp_path).stderr
-    assert told.count("cut to it") == 1
-    assert "2 documents are longer than the block of 16 tokens" in told
+    assert told.count("truncated") == 1
+    assert "2 of 3 documents were longer than the context of 16 tokens and were truncated" in told
+    assert "--preset shakespeare-char" in told
     told = succeeds("train", "long.txt", *SMALL, "--set", "block_size=17", cwd=tmp_path).stderr
-    assert "1 document is longer than the block of 17 tokens" in told
+    assert "1 of 3 documents was longer than the context of 17 tokens and was truncated" in told
 
 
 def test_runs_are_numbered(tmp_path):
@@ -199,7 +200,7 @@ def test_texts_that_the_terminal_cannot_show(tmp_path):
         (["--resume", "--out", "nowhere"], ["no run folder", "nowhere"]),
         (["--resume", "--overwrite", "--out", "nowhere"], ["resume", "overwrite"]),
         (["nowhere.txt"], ["nowhere.txt", "one document a line", "names"]),
-        ([""], ["''"]),
+        ([""], ["DATA is empty"]),
     ],
 )
 def test_mistakes_in_training_are_refused_at_once(arguments, words, tmp_path):

@@ -211,9 +211,13 @@ def test_the_cpu_engine_evaluates_the_same(model):
         (([1, 2], 9), ConfigError, "stride must be a whole number from 1 to 8"),
         (([1, 2], 0), ConfigError, "stride"),
         (([1],), DataError, "two tokens"),
-        (([],), DataError, "list of token ids"),
-        (([1, 27],), DataError, "between 0 and 26"),
-        (([[1, 2]],), DataError, "list of token ids"),
+        (([],), DataError, "data is empty"),
+        (([1, 27],), DataError, "27 at position 1; the vocabulary has 27 tokens"),
+        (([1, 2**32],), DataError, "4294967296 at position 1"),
+        (([[1, 2]],), DataError, "a list or array of token ids, not list"),
+        (([0.5, 1.0],), DataError, "a list or array of token ids"),
+        ((b"names",), DataError, "not bytes"),
+        (("",), DataError, "data is empty"),
         (("nowhere.txt",), DataError, "nowhere.txt"),
     ],
 )
@@ -260,7 +264,9 @@ def figures(*arguments, cwd):
 def test_the_command_prints_figures(run):
     (run.parent / "few.txt").write_text("emma\nolivia\n")
     shown = figures("run", "few.txt", cwd=run.parent)
-    assert list(shown) == ["loss", "perplexity", "bits per byte", "bits per character", "tokens"]
+    measured = ["tokens", "window", "stride"]
+    assert list(shown) == ["loss", "perplexity", "bits per byte", "bits per character", *measured]
+    assert (shown["window"], shown["stride"]) == ("16", "16")
     expected = tl.evaluate(tl.load(run, "reference"), run.parent / "few.txt")
     assert shown["tokens"] == "12"
     assert shown["loss"] == f"{expected.loss:.4f}"
@@ -310,7 +316,7 @@ def test_mistakes_in_evaluating(arguments, words, run):
 
 def test_a_run_without_validation_needs_data(run):
     succeeds("train", "--engine", "reference", "--steps", "1", "--samples", "0", "--out", "o", cwd=run.parent)
-    assert "nothing to validate on" in refused("eval", "o", cwd=run.parent)
+    assert "o has no validation data: pass DATA" in refused("eval", "o", cwd=run.parent)
     tl.GPT(CONFIG, 0).save(run.parent / "bare")
     assert "does not describe a training run" in refused("eval", "bare", cwd=run.parent)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from tapeless.errors import ConfigError, did_you_mean
@@ -41,6 +43,16 @@ def number(name: str, value: Any, low: float, high: float, *, ends: str = "") ->
         most = f"at most {high:g}" if ends == "high" else f"below {high:g}"
         raise ConfigError(f"{name} must be a number {least} and {most}, not {value!r}.")
     return float(value)
+
+
+def as_path(name: str, value: Any) -> Path:
+    """`value` as a path. Raises `ConfigError`, naming it, if it is not one, or empty: the empty path would
+    be the present folder."""
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise ConfigError(f"{name} must be a path, not {value!r:.60}.")
+    if not os.fspath(value) or "\0" in os.fspath(value):
+        raise ConfigError(f"{name} is {'no path' if os.fspath(value) else 'empty'}: give a path.")
+    return Path(value)
 
 
 @dataclass(frozen=True)

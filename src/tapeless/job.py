@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from tapeless.data.documents import Corpus
 from tapeless.data.orders import Order
 from tapeless.data.sources import Data
 from tapeless.engine import Steps, uses
@@ -25,6 +24,7 @@ from tapeless.io import folders, runs, saves
 from tapeless.io.lock import Lock
 from tapeless.model import GPT
 from tapeless.optim import learning_rates
+from tapeless.remarks import remarks
 from tapeless.rng import Random
 from tapeless.settings import Training
 
@@ -387,11 +387,7 @@ class Job:
             f"{Path(str(self.about['data'])).name} ({self.data.sizes()}, vocabulary {c.vocab:,}) · "
             f"{t.steps:,} steps of {times} {each} · {machinery}"
         ]
-        train = self.data.train
-        if isinstance(train, Corpus) and train.n_cut and self.data.lines:
-            verb = "cut to it" if t.order == "shuffle" else "left out"
-            what = "document is" if train.n_cut == 1 else "documents are"
-            lines.append(f"{train.n_cut:,} {what} longer than the block of {self.longest} tokens: {verb}.")
+        lines += remarks(self.data, t, self.about, self.longest)
         if self.step:
             changed = f" Changed: {self._changed}." if self._changed else ""
             lines.append(f"Going on from step {self.step:,}.{changed}")

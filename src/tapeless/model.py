@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tapeless.config import GPTConfig
-from tapeless.data.tokenizers import Tokenizer
+from tapeless.config import GPTConfig, as_path
 from tapeless.engine import Engine
 from tapeless.errors import ConfigError, DataError
 from tapeless.generate import generate
@@ -20,6 +19,7 @@ from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.layout import param_views
 from tapeless.memory import check_memory
 from tapeless.rng import Random
+from tapeless.tokenizer import Tokenizer
 
 
 class GPT:
@@ -44,10 +44,9 @@ class GPT:
         threads: int | None = None,
         tokenizer: Tokenizer | None = None,
     ):
-        if tokenizer is not None and tokenizer.vocab_size != config.vocab:
-            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the config {config.vocab}.")
         self.config = config
         self.tokenizer = tokenizer
+        self.trained_positions: int | None = None  # where a run says how many of its block it was trained on
         rng = seed if seed is None or isinstance(seed, Random) else generator(config, seed)
         check_memory(config, engine, dtype, 0, threads)
         self.engine = Engine(config, engine, dtype, threads)
@@ -63,6 +62,22 @@ class GPT:
     def grads(self) -> Mapping[str, np.ndarray]:
         """Gradients by name, as `loss_and_grad` left them: views into `engine.grads`."""
         return MappingProxyType(param_views(self.config, self.engine.g))
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What turns text into tokens and back, or None. Set a `tl.Tokenizer` of as many tokens as the model
+        has; anything else raises `ConfigError`."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise ConfigError(f"tokenizer must be a tl.Tokenizer or None, not {type(tokenizer).__name__}.")
+        if tokenizer is not None and tokenizer.vocab_size != self.config.vocab:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the config {self.config.vocab}."
+            )
+        self._tokenizer = tokenizer
 
     @property
     def n_params(self) -> int:
@@ -117,7 +132,7 @@ class GPT:
 
         Raises `RunError` if that cannot be written.
         """
-        runs.save_model(Path(path), self.config, self.tokenizer, dict(self.params))
+        runs.save_model(as_path("path", path), self.config, self.tokenizer, dict(self.params))
 
     def _fill(self, tokens: Any, targets: Any, starts: Any, weights: Any) -> int:
         tokens, targets = self._ids("tokens", tokens), self._ids("targets", targets)
@@ -179,5 +194,6 @@ def load(
     if precision is not None:
         config = config.replace(precision=precision)
     model = GPT(config, None, engine, dtype=dtype, threads=threads, tokenizer=checkpoint.tokenizer)
+    model.trained_positions = checkpoint.trained_positions
     checkpoint.read_into(model.params)
     return model

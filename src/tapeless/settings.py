@@ -56,7 +56,8 @@ class Training:
     # Documents: "shuffle" once, then round and round | "draw" at random each time. A long text: "windows"
     # of it at random places | "sequence": one after the other, over and over | "llmc": in llm.c's order.
     order: str = "shuffle"
-    token_dtype: str = AUTO  # integers of token files without a header: "uint16" | "uint32" | "int32" | "int64"
+    # Integers in token files without a header: "auto", by content | "uint16" | "uint32" | "int32" | "int64".
+    token_dtype: str = AUTO
     val_fraction: float = 0.0  # of the data, held out: the end of a text, or documents here and there
     eval_every: int = 0  # steps between evaluations on what is held out; 0 is once, at the end
     eval_batches: int = 0  # of batch_size, from the first, in an evaluation; 0 is all

@@ -12,12 +12,13 @@ from typing import Any
 from tapeless import hub
 from tapeless.data.texts import pieces
 from tapeless.errors import DataError, RunError
+from tapeless.tokenizer import Tokenizer
 
 END = "<|endoftext|>"  # stands between documents
 LEAST = 257  # tokens: the bytes, and END
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding: any text has tokens, and `decode(encode(text)) == text` as long
     as the tokenizer does not normalise texts (GPT-2's does not), and all 256 bytes are in its vocabulary.
     Text with another byte is refused, unless the tokenizer has a token for what it does not know.

@@ -332,6 +332,15 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
         raise RunError(f"{path} does not describe a model: {error}") from None
 
 
+def trained_positions(folder: Path, config: GPTConfig, about: Mapping[str, Any]) -> int | None:
+    """The length of the longest document or window that a run was trained on, by its config.json; None if it
+    does not say so."""
+    count = about.get("trained_positions")
+    if count is None or (type(count) is int and 1 <= count <= config.block_size):
+        return count
+    raise RunError(f"{folder / CONFIG} is damaged: trained_positions is {count!r}.")
+
+
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The run's tokenizer, or None where a model was saved without one."""
     path = folder / TOKENIZER
@@ -352,13 +361,19 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
 def open_model(folder: Path, place: Path) -> Checkpoint:
     """The model of a run folder, and its tokenizer, whose files lie in `place`. Raises `RunError` if one
     is missing, damaged, or does not match the others."""
-    config, _ = read_config(place)
+    config, about = read_config(place)
     expected = {name: (shape, FLOAT) for name, shape in _shapes(config).items()}
     tensors = open_tensors(place / MODEL, expected)
     number = tensors["wte"].dtype
     parts = {name: [tensors[name]] for name in expected}
     return Checkpoint(
-        folder, f"a run of tapeless, {number}", config, parts, folder, read_tokenizer(place, config.vocab)
+        folder,
+        f"a run of tapeless, {number}",
+        config,
+        parts,
+        folder,
+        read_tokenizer(place, config.vocab),
+        trained_positions=trained_positions(place, config, about),
     )
 
 

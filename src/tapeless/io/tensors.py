@@ -127,6 +127,7 @@ class Checkpoint:
     folder: Path
     tokenizer: Tokenizer | None = None
     ends: Mapping[str, Any] = field(default_factory=dict)
+    trained_positions: int | None = None  # as many of the block as a run was trained on; None: not known
 
     @property
     def own_folder(self) -> bool:
