@@ -6,6 +6,7 @@ import codecs
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +15,19 @@ from tapeless.errors import DataError
 BLOCK = 2**18  # characters of a block, roughly
 LONGEST = 2**24  # characters of a line that is a document
 
-# Places where a text can be cut and no tokenizer of words notices: before a space between letters, and
-# after a line end between characters that are not white space. White space before a word belongs to it,
-# and how a run of white space is divided depends on what follows it: elsewhere a cut would be noticed.
+# Before a space between letters, and after a line end between characters that are not white space. White
+# space before a word belongs to it, and how a run of white space is divided depends on what follows it. For
+# which tokenizers nothing changes if a text is cut there, `tapeless.data.seams` says.
 SEAM = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
+
+
+class Cuts(Enum):
+    """Where a text may be cut into blocks."""
+
+    ANYWHERE = "anywhere"
+    SEAMS = "seams"
+    NOWHERE = "nowhere"
+
 
 Told = Callable[[int], object]  # is told how many more bytes were read
 
@@ -46,19 +56,20 @@ class Texts:
             raise DataError(f"{', '.join(map(str, self.paths))} holds no text.")
         self.cut = int((1 - held_out) * self.size)
 
-    def blocks(self, told: Told = lambda _: None) -> Iterator[Block]:
-        """All of the text in turn. With `lines`, blocks are whole lines.
+    def blocks(self, told: Told = lambda _: None, cuts: Cuts = Cuts.SEAMS) -> Iterator[Block]:
+        """All of the text in turn, in blocks of `BLOCK` characters or, where it may not be cut there, more.
+        With `lines`, blocks are whole lines.
 
         Raises `DataError` for what is not text, a file whose size has changed, or a line that is too long
         to be a document.
         """
         cut = self.cut
         for path, size in zip(self.paths, self.sizes, strict=True):
-            yield from self._blocks(path, size, cut, told)
+            yield from self._blocks(path, size, cut, told, cuts)
             cut -= size
 
-    def _blocks(self, path: Path, size: int, cut: int, told: Told) -> Iterator[Block]:
-        rest, opens, held_out = "", True, False
+    def _blocks(self, path: Path, size: int, cut: int, told: Told, cuts: Cuts) -> Iterator[Block]:
+        rest, opens, held_out, searched = "", True, False, 0
         for more, beyond in _decoded(path, size, cut, told):
             text = more
             if beyond and not held_out:
@@ -67,19 +78,20 @@ class Texts:
                 if end or not unfinished:
                     if rest:
                         yield Block(rest + text[:end], opens, held_out)
-                    rest, text, opens, held_out = "", text[end:], True, True
+                    rest, text, opens, held_out, searched = "", text[end:], True, True, 0
             rest += text
             while len(rest) >= BLOCK:
-                end = rest.rfind("\n") + 1 if self.lines else _seam(rest)
+                end = rest.rfind("\n") + 1 if self.lines else _last_cut(rest, searched, cuts)
                 if not end:
-                    if len(rest) > LONGEST:
+                    if self.lines and len(rest) > LONGEST:
                         raise DataError(
                             f"{path} has a line of more than {LONGEST:,} characters, too long for a "
                             "document of its own: leave --lines out."
                         )
+                    searched = len(rest)
                     break
                 yield Block(rest[:end], opens, held_out)
-                rest, opens = rest[end:], False
+                rest, opens, searched = rest[end:], False, 0
         if rest:
             yield Block(rest, opens, held_out)
 
@@ -97,13 +109,15 @@ def _size(path: Path) -> int:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _seam(text: str) -> int:
-    """The last place where `text` can be cut; its end if there is none."""
+def _last_cut(text: str, searched: int, cuts: Cuts) -> int:
+    """The last place where `text` can be cut, beyond what was `searched` in vain; 0 if there is none."""
+    if cuts is not Cuts.SEAMS:
+        return len(text) if cuts is Cuts.ANYWHERE else 0
     for length in (4096, len(text)):
-        begin = max(0, len(text) - length)
+        begin = max(0, searched - 2, len(text) - length)
         if places := [m.start() for m in SEAM.finditer(text, begin) if m.start()]:
             return places[-1]
-    return len(text)
+    return 0
 
 
 def pieces(text: str, length: int = 4096) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,11 +17,12 @@ import numpy as np
 from tapeless.config import number, whole
 from tapeless.data.bpe import LEAST, fetch_gpt2, train_bpe
 from tapeless.data.files import NAME, find_tokens
+from tapeless.data.seams import cuts
 from tapeless.data.shards import MOST, OTHERS, ShardWriter, magic_number
-from tapeless.data.texts import BLOCK, Texts
+from tapeless.data.texts import BLOCK, Cuts, Texts
 from tapeless.data.tokenizers import CharTokenizer, Tokenizer, find_tokenizer, read_tokenizer
 from tapeless.data.workers import documents, encoded, trained
-from tapeless.errors import DataError
+from tapeless.errors import DataError, Notice
 from tapeless.team import processors
 
 TOKENIZER = "tokenizer.json"
@@ -95,7 +97,8 @@ def tokenize(
             splits = [_Split(part, name, split, used.vocab_size, shard_tokens) for split in ("train", "val")]
             try:
                 progress.begin("tokenizing", source.size)
-                for block, ids in encoded(source.blocks(progress.advance), used, lines, processes):
+                where = _cuts(used, source)
+                for block, ids in encoded(source.blocks(progress.advance, where), used, lines, processes):
                     splits[block.held_out].write(ids)
                 counts = [split.finish() for split in splits]
             finally:
@@ -134,6 +137,19 @@ def _tokenizer(
     if not kind or not path.exists():
         raise DataError(f"no tokenizer {kind!r}. Give a file, a folder, gpt2 or chars.")
     return read_tokenizer(path)
+
+
+def _cuts(tokenizer: Tokenizer, source: Texts) -> Cuts:
+    where, reason = cuts(tokenizer)
+    if where is Cuts.NOWHERE and not source.lines and source.size >= WORTHWHILE:
+        warnings.warn(
+            Notice(
+                f"with this tokenizer ({reason}) the tokens of a text depend on all of it: each text is read "
+                "whole, which takes more memory."
+            ),
+            stacklevel=2,
+        )
+    return where
 
 
 def _refuse_tokenizer(out: Path, name: str, tokenizer: Tokenizer, overwrite: bool) -> None:
