@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tapeless.data.texts import undecodable
 from tapeless.data.tokenizers import CharTokenizer, Tokenizer
 from tapeless.errors import DataError
 
@@ -59,12 +60,6 @@ def read_documents(source: str | Path, *, whole: bool = False) -> list[str]:
     if not documents:
         raise DataError(f"{source} holds no documents: it is empty or has only blank lines.")
     return documents
-
-
-def undecodable(content: bytes, at: int) -> str:
-    """Where text is not UTF-8, or what it is instead, if it begins with that byte-order mark."""
-    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return "it is UTF-16: save it as UTF-8" if utf16 else f"byte {at:,}"
 
 
 @dataclass(frozen=True)

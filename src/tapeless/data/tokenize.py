@@ -91,12 +91,12 @@ def tokenize(
     try:
         used = _tokenizer(tokenizer, train_bpe, source, lines, progress)
         _refuse_tokenizer(out, name, used, overwrite)
-        likely = min(processors(), source.size // WORTHWHILE) if processes is None else processes
-        processes = max(1, min(likely, source.size // BLOCK))
+        likely = min(processors(), source.stored // WORTHWHILE) if processes is None else processes
+        processes = max(1, min(likely, source.stored // BLOCK))
         with _aside(out, name) as part:
             splits = [_Split(part, name, split, used.vocab_size, shard_tokens) for split in ("train", "val")]
             try:
-                progress.begin("tokenizing", source.size)
+                progress.begin("tokenizing", source.stored)
                 where = _cuts(used, source)
                 for block, ids in encoded(source.blocks(progress.advance, where), used, lines, processes):
                     splits[block.held_out].write(ids)
@@ -120,11 +120,11 @@ def _tokenizer(
     kind: str | None, train: int | None, source: Texts, lines: bool, progress: Progress
 ) -> Tokenizer:
     if train is not None:
-        progress.begin("reading", source.size)
+        progress.begin("reading", source.stored)
         texts = (b.text for b in source.blocks(progress.advance) if not b.held_out)
-        return (trained if source.size >= WORTHWHILE else train_bpe)(texts, train)
+        return (trained if source.stored >= WORTHWHILE else train_bpe)(texts, train)
     if kind == "chars":
-        progress.begin("reading", source.size)
+        progress.begin("reading", source.stored)
         chars: set[str] = set()
         for block in source.blocks(progress.advance):
             chars |= set("".join(documents(block.text)) if lines else block.text)
@@ -141,7 +141,7 @@ def _tokenizer(
 
 def _cuts(tokenizer: Tokenizer, source: Texts) -> Cuts:
     where, reason = cuts(tokenizer)
-    if where is Cuts.NOWHERE and not source.lines and source.size >= WORTHWHILE:
+    if where is Cuts.NOWHERE and not source.lines and source.stored >= WORTHWHILE:
         warnings.warn(
             Notice(
                 f"with this tokenizer ({reason}) the tokens of a text depend on all of it: each text is read "
