@@ -166,8 +166,7 @@ def resumed(
         for was, now in ((saved["data"], data), (saved["val"], val)):
             if was == FROM_PYTHON and now is None:
                 raise RunError(
-                    f"{folder} was trained on data given in Python, which a run does not keep: give the same "
-                    "data again."
+                    f"{folder} was trained on data given in Python, which a run does not keep: give it again."
                 )
         if threads is None and engine in (None, saved["engine"]):
             threads = check_threads(saved["engine"], saved.get("threads"))

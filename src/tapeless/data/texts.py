@@ -154,7 +154,7 @@ def _text_size(path: Path, lines: bool) -> int:
 
 
 def _position(path: Path, count: int) -> int:
-    """Where in a file the text beyond its first `count` bytes begins; never within a line end or character."""
+    """Where in a file the text beyond its first `count` bytes begins: not in a line end or a character."""
     end = start = 0
     for at, content, counts in _stored(path):
         passed = np.cumsum(counts)
