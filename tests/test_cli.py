@@ -8,8 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 from commands import COMMAND, SMALL, environment, on_a_terminal, refused, start, succeeds, tapeless
+from tapeless import __main__ as main
+from tapeless.cli import app
+from tapeless.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +280,34 @@ def test_letters_need_letters(tmp_path):
 def test_the_ends_of_the_range_of_seeds(preset, seed, tmp_path):
     result = tapeless("train", *SMALL, "--preset", preset, "--seed", seed, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def every_value():
+    """Each argument and option of every command that takes a value."""
+    for name, command in typer.main.get_command(app).commands.items():
+        required = [p for p in command.params if p.required]
+        for parameter in command.params:
+            if getattr(parameter, "is_flag", False) or parameter.name == "help":
+                continue
+            yield pytest.param(name, command, parameter, required, id=f"{name}-{parameter.name}")
+
+
+@pytest.mark.parametrize(("name", "command", "parameter", "required"), every_value())
+def test_no_value_may_be_empty(name, command, parameter, required, tmp_path, monkeypatch):
+    """As a path, each would be the present folder. Only a prompt may be."""
+    monkeypatch.chdir(tmp_path)
+    words = []
+    for each in dict.fromkeys([*required, parameter]):
+        value = "" if each is parameter else "x"
+        words += [value] if each.param_type_name == "argument" else [each.opts[0], value]
+    if parameter.name == "prompt":
+        assert main.run([name, *words]) == 2  # there is no x
+        return
+    with pytest.raises(ConfigError, match="is empty: give a value, or leave it out"):
+        command.make_context(name, list(words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretrained_without_a_value_is_the_preset(tmp_path):
+    error = refused("train", "names", "--preset", "microgpt", "--pretrained", cwd=tmp_path)
+    assert "no run folder or model 'microgpt'" in error

@@ -39,7 +39,7 @@ def test_a_text_is_a_file_of_it(tmp_path):
     assert of_list.losses.tolist() == of_file.losses.tolist()
     assert of_list.val_losses == of_file.val_losses
     # Several have a token between them.
-    given["set"] |= {"val_fraction": 0}
+    given["set"] |= {"val_fraction": 0, "eval_every": 0}
     assert tl.train([text, "ab"], **given).model.tokenizer.bos == len(set(text) | {"b"})
 
 

@@ -132,7 +132,7 @@ def prepare(
 
 def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
     model = load(source, "reference", dtype="float32")
-    training = _training_of(source)
+    training = training_of(source)
     given = {name: settings[name] for name in settings if name in ("temperature", "max_tokens", "samples")}
     if other := sorted(settings.keys() - given.keys()):
         raise ConfigError(f"{other[0]} changes nothing in a trained model that generates: leave it out.")
@@ -192,7 +192,7 @@ def _about(source: str) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _training_of(source: str) -> Training:
+def training_of(source: str) -> Training:
     """How a run was trained, and so how it generates; of another model, as it would be trained further."""
     about = _about(source)
     if "training" not in about:
