@@ -215,7 +215,7 @@ def test_bits_do_not_depend_on_how_a_text_is_stored(tmp_path):
 
 
 def test_a_text_held_out_has_the_bytes_of_the_text(tmp_path):
-    """Whole texts have no line end where documents have one: the token behind the held-out part is no text."""
+    """Whole texts have no line end where documents have one: what ends it is no text."""
     pytest.importorskip("tokenizers")
     text = "To be, or not to be: that is the question.\n" * 40
     (tmp_path / "t.txt").write_text(text)
