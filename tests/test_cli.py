@@ -9,8 +9,12 @@ import sys
 from itertools import pairwise
 
 import pytest
+import typer
 
 from commands import COMMAND, SMALL, environment, on_a_terminal, refused, start, succeeds, tapeless
+from tapeless import __main__ as main
+from tapeless.cli import app
+from tapeless.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +138,11 @@ def test_training_shows_a_bar_on_a_terminal(tmp_path):
 def test_cut_documents_are_counted_once(tmp_path):
     (tmp_path / "long.txt").write_text("abcdefghijklmnop\nabcdefghijklmno\n" + "ab" * 40 + "\n")
     told = succeeds("train", "long.txt", *SMALL, cwd=tmp_path).stderr
-    assert told.count("cut to it") == 1
-    assert "2 documents are longer than the block of 16 tokens" in told
+    assert told.count("truncated") == 1
+    assert "2 of 3 documents were longer than the context of 16 tokens and were truncated" in told
+    assert "--preset shakespeare-char" in told
     told = succeeds("train", "long.txt", *SMALL, "--set", "block_size=17", cwd=tmp_path).stderr
-    assert "1 document is longer than the block of 17 tokens" in told
+    assert "1 of 3 documents was longer than the context of 17 tokens and was truncated" in told
 
 
 def test_runs_are_numbered(tmp_path):
@@ -230,7 +235,7 @@ def test_texts_that_the_terminal_cannot_show(tmp_path):
         (["--resume", "--out", "nowhere"], ["no run folder", "nowhere"]),
         (["--resume", "--overwrite", "--out", "nowhere"], ["resume", "overwrite"]),
         (["nowhere.txt"], ["nowhere.txt", "one document a line", "names"]),
-        ([""], ["''"]),
+        ([""], ["DATA is empty"]),
     ],
 )
 def test_mistakes_in_training_are_refused_at_once(arguments, words, tmp_path):
@@ -306,3 +311,34 @@ def test_letters_need_letters(tmp_path):
 def test_the_ends_of_the_range_of_seeds(preset, seed, tmp_path):
     result = tapeless("train", *SMALL, "--preset", preset, "--seed", seed, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def every_value():
+    """Each argument and option of every command that takes a value."""
+    for name, command in typer.main.get_command(app).commands.items():
+        required = [p for p in command.params if p.required]
+        for parameter in command.params:
+            if getattr(parameter, "is_flag", False) or parameter.name == "help":
+                continue
+            yield pytest.param(name, command, parameter, required, id=f"{name}-{parameter.name}")
+
+
+@pytest.mark.parametrize(("name", "command", "parameter", "required"), every_value())
+def test_no_value_may_be_empty(name, command, parameter, required, tmp_path, monkeypatch):
+    """As a path, each would be the present folder. Only a prompt may be."""
+    monkeypatch.chdir(tmp_path)
+    words = []
+    for each in dict.fromkeys([*required, parameter]):
+        value = "" if each is parameter else "x"
+        words += [value] if each.param_type_name == "argument" else [each.opts[0], value]
+    if parameter.name == "prompt":
+        assert main.run([name, *words]) == 2  # there is no x
+        return
+    with pytest.raises(ConfigError, match="is empty: give a value, or leave it out"):
+        command.make_context(name, list(words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretrained_without_a_value_is_the_preset(tmp_path):
+    error = refused("train", "names", "--preset", "microgpt", "--pretrained", cwd=tmp_path)
+    assert "no run folder or model 'microgpt'" in error

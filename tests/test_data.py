@@ -13,6 +13,7 @@ import tapeless as tl
 from commands import SMALL, succeeds
 from tapeless.data.documents import Corpus, read_documents
 from tapeless.data.orders import Drawn, Shuffled
+from tapeless.data.texts import Texts
 from tapeless.data.tokenizers import CharTokenizer, make_tokenizer, tokenizer_from_dict
 from tapeless.errors import DataError
 from tapeless.rng import PythonRandom
@@ -161,3 +162,11 @@ def test_what_is_no_tokenizer(content):
 def test_an_unknown_kind_of_tokenizer():
     with pytest.raises(DataError, match="Did you mean 'letters'"):
         make_tokenizer("leters", [])
+
+
+def test_utf16_is_named(tmp_path):
+    (tmp_path / "t.txt").write_text("emma\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"t\.txt is not UTF-8 text \(it is UTF-16: save it as UTF-8\)"):
+        read_documents(tmp_path / "t.txt")
+    with pytest.raises(DataError, match="it is UTF-16: save it as UTF-8"):
+        list(Texts([tmp_path / "t.txt"], 0, False).blocks())

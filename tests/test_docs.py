@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import tapeless as tl
 from commands import succeeds
 from test_bpe import gpt2_files
 
@@ -135,6 +136,14 @@ def test_the_commands_of_the_page_on_gpt2_can_be_run_in_turn(tmp_path):
         words = command.replace("--tokenizer gpt2", f"--tokenizer {gpt2_files()}").split()
         told = succeeds(*("input.txt" if word == "*.txt" else word for word in words), cwd=tmp_path)
         assert "Train with: tapeless train" in told.stderr
+
+
+def test_the_example_of_the_page_on_gpt2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "gpt2.md").read_text("utf-8"), re.DOTALL)
+    exec(compile(code, "gpt2.md", "exec"), {"tl": tl})
+    assert 0 < float(capsys.readouterr().out) < 10
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_picture_of_memory_is_of_this_code(tmp_path):

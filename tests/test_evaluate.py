@@ -184,6 +184,89 @@ def test_bytes_of_bpe_tokens(tmp_path):
     assert (shard.tokens, shard.bytes, shard.characters) == (len(ids), len(text.encode()), len(text))
 
 
+def test_bits_do_not_depend_on_how_a_text_is_stored(tmp_path):
+    """Four names of 4, 6, 3 and 3 letters, one of them of two bytes, each with a line end: 20 characters,
+    21 bytes. As lines of a file, in Python, and in shards but for the last line end, which is not in them."""
+    names = ["emma", "olivia", "ava", "zoë"]
+    text = "\n".join(names) + "\n"
+    tokenizer = CharTokenizer.from_documents(names)
+    model = random_model(CONFIG.replace(vocab_size=tokenizer.vocab_size))
+    model.tokenizer = tokenizer
+    results = {}
+    for name, content in {
+        "lf": text.encode(),
+        "crlf": text.replace("\n", "\r\n").encode(),
+        "bom": b"\xef\xbb\xbf" + text.encode(),
+        "open": text.rstrip().encode(),
+        "blank": b"\n" + text.replace("\n", "\n\n").encode(),
+    }.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+        results[name] = tl.evaluate(model, tmp_path / f"{name}.txt")
+    results["Python"] = tl.evaluate(model, names)
+    assert len(set(results.values())) == 1
+    whole = results["lf"]
+    assert (whole.tokens, whole.bytes, whole.characters) == (20, 21, 20)
+    options = ("--tokenizer", "chars", "--lines", "--val-fraction", "0", "--out", "shards")
+    succeeds("tokenize", "crlf.txt", *options, cwd=tmp_path)
+    shard = tl.evaluate(model, tmp_path / "shards")
+    assert (shard.tokens, shard.bytes, shard.characters) == (19, 20, 19)
+    tokens = tl.evaluate(model, tokenizer.encode("emma"))
+    assert (tokens.tokens, tokens.bytes) == (3, 3)
+
+
+def test_a_text_held_out_has_the_bytes_of_the_text(tmp_path):
+    """Whole texts have no line end where documents have one: what ends it is no text."""
+    pytest.importorskip("tokenizers")
+    text = "To be, or not to be: that is the question.\n" * 40
+    (tmp_path / "t.txt").write_text(text)
+    tokenizer = tl.Tokenizer.train(text, 300)
+    given = {"val_fraction": 0.25, "order": "sequence", "block_size": 8, "n_embd": 8}
+    tl.train(
+        tmp_path / "t.txt", tokenizer=tokenizer, set=given, steps=2, samples=0, engine="reference",
+        out=tmp_path / "run", progress=False,
+    )  # fmt: skip
+    shown = json.loads(succeeds("eval", "run", "--json", "--engine", "reference", cwd=tmp_path).stdout)
+    held = text[int(len(text) * 0.75) :]
+    bits = shown["loss"] * shown["tokens"] / math.log(2)
+    assert shown["tokens"] == len(tokenizer.encode(held)) + 1
+    assert shown["bits_per_byte"] == pytest.approx(bits / len(held))
+
+
+def test_positions_that_were_never_trained_are_noted(tmp_path):
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
+    (tmp_path / "t.txt").write_text(text)
+    options = ("--engine", "reference", "--samples", "0", "--set", "n_layer=1", "--set", "n_embd=8")
+    succeeds(
+        "train", "t.txt", "--preset", "shakespeare-char", "--steps", "2", "--block-size", "32", *options,
+        "--out", "whole", cwd=tmp_path,
+    )  # fmt: skip
+    fine = ("--pretrained", "whole", "--block-size", "8", "--steps", "1", "--engine", "reference")
+    succeeds("train", "t.txt", *fine, "--samples", "0", "--out", "fine", cwd=tmp_path)
+    for run, positions in (("whole", 32), ("fine", 8)):
+        assert json.loads((tmp_path / run / "config.json").read_text())["trained_positions"] == positions
+        assert tl.load(tmp_path / run).trained_positions == positions
+    note = "note: windows of 32 tokens reach beyond the 8 positions that the run trained"
+    told = succeeds("eval", "fine", "t.txt", "--engine", "reference", cwd=tmp_path)
+    assert note in told.stderr
+    assert "--block-size 8 stays within them" in told.stderr
+    assert "window              32" in told.stdout
+    for arguments in (["fine", "t.txt", "--block-size", "8"], ["whole", "t.txt"]):
+        assert "note" not in succeeds("eval", *arguments, "--engine", "reference", cwd=tmp_path).stderr
+    # Trained further on longer windows, it knows more of them; on shorter ones no less.
+    again = ("--resume", "--out", "fine", "--engine", "reference", "--samples", "0")
+    for step, window, positions in ((2, 16, 16), (3, 4, 16)):
+        succeeds("train", *again, "--steps", step, "--block-size", window, cwd=tmp_path)
+        assert tl.load(tmp_path / "fine").trained_positions == positions
+    config = json.loads((tmp_path / "fine/config.json").read_text()) | {"trained_positions": 33}
+    (tmp_path / "old").mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / "old" / name).write_bytes((tmp_path / "fine" / name).read_bytes())
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    assert "old/config.json is damaged: trained_positions is 33" in refused(
+        "eval", "old", "t.txt", cwd=tmp_path
+    )
+
+
 def test_without_a_tokenizer_there_are_no_bytes():
     result = tl.evaluate(tl.GPT(CONFIG, 0, "reference"), [1, 2, 3])
     assert (result.tokens, result.bits_per_byte, result.bits_per_character) == (2, None, None)
@@ -211,9 +294,13 @@ def test_the_cpu_engine_evaluates_the_same(model):
         (([1, 2], 9), ConfigError, "stride must be a whole number from 1 to 8"),
         (([1, 2], 0), ConfigError, "stride"),
         (([1],), DataError, "two tokens"),
-        (([],), DataError, "list of token ids"),
-        (([1, 27],), DataError, "between 0 and 26"),
-        (([[1, 2]],), DataError, "list of token ids"),
+        (([],), DataError, "data is empty"),
+        (([1, 27],), DataError, "27 at position 1; the vocabulary has 27 tokens"),
+        (([1, 2**32],), DataError, "4294967296 at position 1"),
+        (([[1, 2]],), DataError, "a list or array of token ids, not list"),
+        (([0.5, 1.0],), DataError, "a list or array of token ids"),
+        ((b"names",), DataError, "not bytes"),
+        (("",), DataError, "data is empty"),
         (("nowhere.txt",), DataError, "nowhere.txt"),
     ],
 )
@@ -260,7 +347,9 @@ def figures(*arguments, cwd):
 def test_the_command_prints_figures(run):
     (run.parent / "few.txt").write_text("emma\nolivia\n")
     shown = figures("run", "few.txt", cwd=run.parent)
-    assert list(shown) == ["loss", "perplexity", "bits per byte", "bits per character", "tokens"]
+    measured = ["tokens", "window", "stride"]
+    assert list(shown) == ["loss", "perplexity", "bits per byte", "bits per character", *measured]
+    assert (shown["window"], shown["stride"]) == ("16", "16")
     expected = tl.evaluate(tl.load(run, "reference"), run.parent / "few.txt")
     assert shown["tokens"] == "12"
     assert shown["loss"] == f"{expected.loss:.4f}"
@@ -310,7 +399,7 @@ def test_mistakes_in_evaluating(arguments, words, run):
 
 def test_a_run_without_validation_needs_data(run):
     succeeds("train", "--engine", "reference", "--steps", "1", "--samples", "0", "--out", "o", cwd=run.parent)
-    assert "nothing to validate on" in refused("eval", "o", cwd=run.parent)
+    assert "o has no validation data: pass DATA" in refused("eval", "o", cwd=run.parent)
     tl.GPT(CONFIG, 0).save(run.parent / "bare")
     assert "does not describe a training run" in refused("eval", "bare", cwd=run.parent)
 

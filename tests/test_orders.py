@@ -13,7 +13,7 @@ from tapeless.data.documents import Corpus
 from tapeless.data.orders import Llmc, make_order
 from tapeless.data.shards import Shards
 from tapeless.data.tokenizers import CharTokenizer
-from tapeless.errors import DataError
+from tapeless.errors import DataError, Notice
 from tapeless.rng import PythonRandom
 
 
@@ -184,3 +184,13 @@ def test_shards_have_no_documents(kind, tmp_path):
     data = Shards([write_shard(tmp_path / "a.bin", range(50))], 100)
     with pytest.raises(DataError, match="order=windows, sequence or llmc"):
         make_order(kind, data, PythonRandom(0), 1, 8)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "llmc"])
+def test_a_shard_without_a_batch_is_said(kind, tmp_path):
+    paths = [write_shard(tmp_path / f"{i}.bin", [1] * size) for i, size in enumerate((50, 16, 17, 30))]
+    data = Shards(paths, 10)
+    with pytest.warns(Notice, match=r"1\.bin is not read: it has fewer than the 17 tokens of a batch"):
+        make_order(kind, data, PythonRandom(0), 2, 8)
+    with pytest.warns(Notice, match=r"1\.bin and 1 more is not read: it has fewer than the 25 tokens"):
+        make_order(kind, data, PythonRandom(0), 3, 8)

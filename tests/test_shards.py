@@ -74,9 +74,9 @@ def test_without_a_header_the_content_tells(dtype, vocab_size, tmp_path):
         warnings.simplefilter("always")
         shards = Shards([tmp_path / "train.bin"], vocab_size)
     assert everything(shards) == [tokens.tolist()]
-    assert [str(note.message) for note in said] == [
-        f"{tmp_path}/train.bin without a header: read as {read_as}. If it is something else, give --token-dtype."
-    ] * (read_as != "int32")
+    told = f"train.bin has no header: its tokens are read as {read_as}. If they are something else, give"
+    told = f"{tmp_path}/{told} --token-dtype."
+    assert [str(note.message) for note in said] == [told] * (read_as != "int32")
 
 
 @given(
@@ -108,7 +108,7 @@ def test_a_given_token_dtype_is_held_to_the_file(tmp_path):
         Shards([path], 10, "uint16")
     write_shard(path, [1, 2, 3], "uint32")
     assert everything(Shards([path], 10, "uint32")) == [[1, 2, 3]]
-    with pytest.raises(DataError, match="the header of .* says that its tokens are uint32, not int64"):
+    with pytest.raises(DataError, match=r"the header of .* says that its tokens are uint32, not int64"):
         Shards([path], 10, "int64")
 
 
@@ -437,7 +437,8 @@ def test_what_cannot_be_found(tree, source, words):
         ("fineweb-train-1.bin fineweb-val-0.bin", "fineweb", "fineweb-train-1.bin", "fineweb-val-0.bin"),
         (
             "edufineweb_train_000001.npy edufineweb_train_000002.npy edufineweb_val_000000.npy",
-            "edufineweb", "edufineweb_train_000001.npy edufineweb_train_000002.npy", "edufineweb_val_000000.npy",
+            "edufineweb", "edufineweb_train_000001.npy edufineweb_train_000002.npy",
+            "edufineweb_val_000000.npy",
         ),
         (
             "train-00000-of-00002.bin train-00001-of-00002.bin validation-00000-of-00001.bin",
@@ -475,7 +476,7 @@ def test_the_names_of_other_programs(names, name, train, val, tmp_path, monkeypa
     [
         (
             "1.bin 2.bin test_1.bin",
-            ["new/test_1.bin: the name says that this is not to train on", "by a glob"],
+            ["new/test_1.bin: the name says that this is not", "by a glob"],
         ),
         ("x_train.bin x-train.bin", ["or twice", "new/x-train.bin, new/x_train.bin"]),
         ("x_train_1.bin x_train_1.npy", ["or twice"]),

@@ -204,40 +204,43 @@ def test_a_bar_on_a_terminal(large):
 # ---------------------------------------------------------------- texts in blocks
 
 
-def divided(contents, cut, lines):
-    """Every document and whether it is held out, by the definition, from the bytes of each file."""
-    for content in contents:
+def divided(contents, held_out, lines):
+    """Every document and whether it is held out, by the definition, however the text is stored."""
+    texts = [re.sub(rb"\r\n?", b"\n", content.removeprefix(b"\xef\xbb\xbf")) for content in contents]
+    ends = [text + b"\n" if lines and text and not text.endswith(b"\n") else text for text in texts]
+    cut = int((1 - held_out) * sum(map(len, ends)))
+    for text, end in zip(texts, ends, strict=True):
         if lines:
-            for line in re.finditer(rb"[^\r\n]+", content):
-                text = line[0].decode()
-                if document := text.strip():  # it begins where its first character is complete
-                    yield line.start() + len(text[0].encode()) > cut, document
+            for line in re.finditer(rb"[^\n]+", text):
+                written = line[0].decode()
+                if document := written.strip():  # it begins where its first character is complete
+                    yield line.start() + len(written[0].encode()) > cut, document
         else:
-            inside = content[: max(0, cut)].decode(errors="ignore").encode()  # no part of a character
-            inside = inside[:-1] if inside.endswith(b"\r") and inside != content else inside
-            for side, part in ((False, inside), (True, content[len(inside) :])):
+            inside = text[: max(0, cut)].decode(errors="ignore").encode()  # no part of a character
+            for side, part in ((False, inside), (True, text[len(inside) :])):
                 if part:
-                    yield side, re.sub("\r\n?", "\n", part.decode())
-        cut -= len(content)
+                    yield side, part.decode()
+        cut -= len(end)
 
 
 @given(
     st.lists(st.text(st.sampled_from("a b\n.é愛\t\r"), max_size=60), min_size=1, max_size=3).filter(any),
-    st.sampled_from([0, 0.1, 0.5, 0.99]),
+    st.sampled_from([0, 0.1, 0.3, 0.5, 0.99]),
+    st.booleans(),
     st.booleans(),
 )
-def test_blocks_are_the_text(tmp_path_factory, parts, held_out, lines):
+def test_blocks_are_the_text(tmp_path_factory, parts, held_out, lines, marked):
     folder = tmp_path_factory.mktemp("texts")
     paths = [folder / f"{i}.txt" for i in range(len(parts))]
     for path, part in zip(paths, parts, strict=True):
-        path.write_bytes(part.encode())
+        path.write_bytes(b"\xef\xbb\xbf" * marked + part.encode())
+    contents = [path.read_bytes() for path in paths]
     told: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts_module, "BLOCK", 7)
         source = Texts(paths, held_out, lines)
         blocks = list(source.blocks(told.append))
-    size = sum(len(part.encode()) for part in parts)
-    assert sum(told) == source.size == size
+    assert sum(told) == source.stored == sum(map(len, contents))
     if lines:
         read = [(b.held_out, line.strip()) for b in blocks for line in b.text.split("\n") if line.strip()]
     else:
@@ -248,7 +251,39 @@ def test_blocks_are_the_text(tmp_path_factory, parts, held_out, lines):
             else:
                 assert block.held_out == read[-1][0]
                 read[-1] = block.held_out, read[-1][1] + block.text
-    assert read == list(divided([p.encode() for p in parts], int((1 - held_out) * size), lines))
+    assert read == list(divided(contents, held_out, lines))
+
+
+def test_how_a_text_is_stored_changes_nothing(tmp_path):
+    """By hand: 27 bytes of text, of which the first 13 are to train on, however the file has them."""
+    text = "ab\ncd\n\nefg\nhij\nkl\nmno\npqrs\n"
+    assert len(text) == 27
+    stored = {
+        "lf": text.encode(),
+        "crlf": text.replace("\n", "\r\n").encode(),
+        "cr": text.replace("\n", "\r").encode(),
+        "bom": b"\xef\xbb\xbf" + text.encode(),
+        "both": b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
+    }
+    for name, content in stored.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.txt").write_bytes(content)
+        options = ("--tokenizer", "chars", "--val-fraction", 0.5, "--out", ".")
+        told = succeeds("tokenize", "t.txt", *options, cwd=tmp_path / name).stderr
+        assert "27 bytes of text" in told
+        letters = read_tokenizer(tmp_path / name)
+        train, val = train_and_val(tmp_path / name, "t")
+        assert (letters.decode(train), letters.decode(val)) == (text[:13], text[13:])
+    # The last line's end is no text where lines are documents.
+    for name, content in stored.items():
+        for end in (content, content.rstrip(b"\r\n")):
+            (tmp_path / name / "t.txt").write_bytes(end)
+            options = ("--tokenizer", "chars", "--lines", "--overwrite", "--val-fraction", 0.5, "--out", ".")
+            succeeds("tokenize", "t.txt", *options, cwd=tmp_path / name)
+            letters = read_tokenizer(tmp_path / name)
+            train, val = train_and_val(tmp_path / name, "t")
+            assert letters.decode(train) == "abcdefghij"
+            assert letters.decode(val) == "klmnopqrs"
 
 
 @given(st.text(st.sampled_from("a b\n.é愛\t")), st.integers(1, 5))
@@ -302,7 +337,7 @@ def test_a_long_text_takes_no_memory(child, tmp_path):
         (["play.txt", "--tokenizer", "play.txt"], ["play.txt is no tokenizer"]),
         (["play.txt", "--tokenizer", "abc.json"], ["does not know the character 'F'", "abc"]),
         (["play.txt", "--tokenizer", "chars", "--train-bpe", "300"], ["either --tokenizer or --train-bpe"]),
-        (["play.txt", "--tokenizer", ""], ["no tokenizer ''"]),
+        (["play.txt", "--tokenizer", ""], ["--tokenizer is empty"]),
         (["play.txt", "--train-bpe", "256"], ["train_bpe", "from 257 to"]),
         (["play.txt", "--val-fraction", "1"], ["val_fraction", "below 1"]),
         (["play.txt", "--val-fraction", "-0.1"], ["val_fraction", "at least 0"]),

@@ -586,10 +586,74 @@ def test_a_model_of_documents_goes_on_with_documents(tmp_path):
     told = succeeds(
         "train", "--pretrained", "first", "--preset", "microgpt", "--steps", "2", *QUIET, cwd=tmp_path
     ).stderr
-    assert "5,163 documents" in told
+    assert "4,647 documents and 516 to validate on" in told
     second = tmp_path / "runs/microgpt-1"
     assert json.loads((second / "config.json").read_text())["training"]["order"] == "shuffle"
     assert losses(second)[0] < losses(tmp_path / "first")[0] - 0.2
+
+
+def test_a_text_to_fine_tune_on_holds_out_its_end(tmp_path):
+    text = "To be, or not to be: that is the question.\n" * 30
+    (tmp_path / "t.txt").write_text(text)
+    small = ("--set", "n_layer=1", "--set", "n_embd=8", "--block-size", "16")
+    succeeds("train", "t.txt", "--preset", "shakespeare-char", *small, *QUIET, "--steps", 2, "--out", "first",
+             cwd=tmp_path)  # fmt: skip
+    fine = ("--pretrained", "first", *QUIET, "--steps", 2)
+    told = succeeds("train", "t.txt", *fine, "--out", "fine", cwd=tmp_path).stderr
+    assert f"{int(len(text) * 0.9):,} tokens and {len(text) - int(len(text) * 0.9)} to validate on" in told
+    assert "10% of the text is held out for validation; --set val_fraction=0 trains on all of it." in told
+    assert "validation loss" in told
+    told = succeeds("train", "t.txt", *fine, "--set", "val_fraction=0", "--out", "all", cwd=tmp_path).stderr
+    assert f"t.txt ({len(text):,} tokens, vocabulary" in told
+    # A run that was begun when nothing was held out by default goes on without.
+    told = succeeds("train", "--resume", "--out", "all", *QUIET, "--steps", 3, cwd=tmp_path).stderr
+    assert f"t.txt ({len(text):,} tokens, vocabulary" in told
+    # Nothing is held out of what is then too short for a batch, nor where there is something to validate on.
+    (tmp_path / "short.txt").write_text(text[:70])
+    told = succeeds("train", "short.txt", *fine, "--out", "short", cwd=tmp_path).stderr
+    assert "short.txt (70 tokens, vocabulary" in told
+    assert "The text is too short to hold out a part of it for validation." in told
+    told = succeeds("train", "t.txt", *fine, "--val", "short.txt", "--out", "val", cwd=tmp_path).stderr
+    assert f"{len(text):,} tokens and 70 to validate on" in told
+    write_shard(tmp_path / "x.bin", [1] * 100)
+    told = succeeds("train", "x.bin", *fine, "--out", "tokens", cwd=tmp_path).stderr
+    assert "x.bin (100 tokens, vocabulary" in told
+    assert "held out" not in told
+
+
+def test_the_kind_of_tokens_is_kept_with_the_run(tmp_path):
+    """Too few to tell by themselves."""
+    (tmp_path / "train.bin").write_bytes(np.arange(8, dtype="<u2").repeat(5).tobytes())
+    options = ("--preset", "gpt2", *QUIET, "--engine", "reference", "--batch-size", 1)
+    sizes = ("--set", "vocab_size=50257", "--set", "n_layer=1", "--set", "n_head=1", "--set", "n_embd=2",
+             "--block-size", 8)  # fmt: skip
+    error = refused("train", "train.bin", *options, *sizes, "--steps", 1, cwd=tmp_path)
+    assert "probably uint16, as nanoGPT's are. Say which: --token-dtype uint16." in error
+    given = (*options, *sizes, "--token-dtype", "uint16", "--out", "run")
+    told = succeeds("train", "train.bin", *given, "--steps", 1, cwd=tmp_path).stderr
+    assert "train.bin (40 tokens" in told
+    succeeds("train", "--resume", "--out", "run", *QUIET, "--steps", 2, cwd=tmp_path)
+    assert json.loads((tmp_path / "run/config.json").read_text())["training"]["token_dtype"] == "uint16"
+    error = refused("train", "--resume", "--out", "run", "--steps", 3, "--token-dtype", "int32", cwd=tmp_path)
+    assert "train.bin read as int32 has 65536 at position 2" in error
+    shown = succeeds("eval", "run", "train.bin", "--token-dtype", "uint16", cwd=tmp_path).stdout
+    assert "tokens              39" in shown
+    assert "probably uint16" in refused("eval", "run", "train.bin", cwd=tmp_path)
+    # Whatever the name; but not of what is text.
+    (tmp_path / "train.bin").rename(tmp_path / "ids")
+    succeeds("eval", "run", "ids", "--token-dtype", "uint16", cwd=tmp_path)
+    error = refused("train", "names", "--token-dtype", "uint16", *QUIET, cwd=tmp_path)
+    assert "token_dtype is about token files, but names is none" in error
+    assert "token_dtype cannot be 'uint8'" in refused("train", "ids", "--token-dtype", "uint8", cwd=tmp_path)
+    assert "token_dtype cannot be 'uint8'" in refused(
+        "eval", "run", "ids", "--token-dtype", "uint8", cwd=tmp_path
+    )
+
+
+def test_dropped_characters_are_counted(tmp_path):
+    (tmp_path / "t.txt").write_text("Anna-Lou 3\nbob\n!?\n")
+    told = succeeds("train", "t.txt", "--preset", "esp32gpt", *QUIET, "--steps", 1, cwd=tmp_path).stderr
+    assert "5 characters were dropped: esp32gpt's tokenizer has a to z only." in told
 
 
 def test_windows_shorter_than_the_models_block(here, tmp_path):

@@ -24,6 +24,7 @@ _HOME = {
     "Interrupted": "tapeless.train",
     "Run": "tapeless.train",
     "TapelessError": "tapeless.errors",
+    "Tokenizer": "tapeless.tokenizer",
     "evaluate": "tapeless.evaluate",
     "gradcheck": "tapeless.gradcheck",
     "load": "tapeless.model",
@@ -37,6 +38,7 @@ __all__ = [
     "Interrupted",
     "Run",
     "TapelessError",
+    "Tokenizer",
     "evaluate",
     "gradcheck",
     "load",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from tapeless.gradcheck import gradcheck
     from tapeless.model import GPT, load
     from tapeless.presets import presets
+    from tapeless.tokenizer import Tokenizer
     from tapeless.train import Interrupted, Run, train
 
 

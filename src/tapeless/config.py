@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tapeless.errors import ConfigError, did_you_mean
@@ -39,6 +41,16 @@ def number(name: str, value: Any, low: float, high: float, *, ends: str = "") ->
         most = f"at most {high:g}" if ends == "high" else f"below {high:g}"
         raise ConfigError(f"{name} must be a number {least} and {most}, not {value!r}.")
     return float(value)
+
+
+def as_path(name: str, value: Any) -> Path:
+    """`value` as a path. Raises `ConfigError`, naming it, if it is not one, or empty: the empty path would
+    be the present folder."""
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise ConfigError(f"{name} must be a path, not {value!r:.60}.")
+    if not os.fspath(value) or "\0" in os.fspath(value):
+        raise ConfigError(f"{name} is {'no path' if os.fspath(value) else 'empty'}: give a path.")
+    return Path(value)
 
 
 def from_saved(kind: type[Described], content: Any, later: Sequence[str]) -> Described:

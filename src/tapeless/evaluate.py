@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,13 @@ import numpy as np
 
 from tapeless.config import MAX_SIZE, whole
 from tapeless.data.documents import Corpus, read_documents
+from tapeless.data.given import called, source_of
+from tapeless.data.headerless import AUTO, check_dtype
 from tapeless.data.orders import Tokens
 from tapeless.data.shards import Shards
-from tapeless.data.sources import are_tokens, check_tokenizer, held_files
+from tapeless.data.sources import are_tokens, check_tokenizer, check_tokens, held_files
 from tapeless.data.tokenizers import REMEDY, CharTokenizer, Tokenizer
-from tapeless.errors import DataError, NumericsError
+from tapeless.errors import ConfigError, DataError, Notice, NumericsError
 
 if TYPE_CHECKING:
     from tapeless.model import GPT
@@ -32,6 +36,8 @@ class Evaluation:
     tokens: int  # that were scored
     bytes: int | None = None  # of their text in UTF-8; None where no tokenizer knows it
     characters: int | None = None
+    window: int | None = None  # tokens of a window
+    stride: int | None = None  # tokens from one window to the next
 
     @property
     def perplexity(self) -> float:
@@ -53,68 +59,95 @@ class Evaluation:
 
 def evaluate(
     model: GPT,
-    data: str | Path | Tokens | Sequence[int] | np.ndarray,
+    data: str | Path | Tokens | Sequence[str] | Sequence[int] | np.ndarray,
     stride: int | None = None,
     *,
     block_size: int | None = None,
     lines: bool | None = None,
     batch_size: int | None = None,
+    token_dtype: str | None = None,
     told: Callable[[int, int], object] = lambda done, total: None,
 ) -> Evaluation:
-    """Loss of `model` on `data`: a text file or built-in set, token shards (of a pair the part to
-    validate on), or tokens.
+    """Return the loss of `model` on `data`: a text file or built-in set, token shards (of a pair the part
+    to validate on), a list of texts, or tokens.
 
     A text longer than `block_size` (None: the model's) is read in windows of that length, each `stride`
     tokens further than the one before (None: as long as a window, so that they do not overlap). A
     window scores the tokens that no window before it has, and sees at least block_size − stride tokens
     before these: a small stride takes longer and comes nearer to what the model can do. `lines`: each
-    line is a document, read from its BOS; None is so for characters with a BOS. `batch_size` windows
-    are computed at once. `told` hears how many tokens are done, of how many.
+    line is a document, read from its BOS; None is so for characters with a BOS. Of a list of texts, each is
+    a document or a text of its own. `batch_size` windows are computed at once. `token_dtype` is as for
+    `train`. `told` hears how many tokens are done, of how many.
 
-    Raises `DataError` for data that cannot be read, or have not two tokens, `ConfigError` for a stride
-    or batch size that is none, `NumericsError` where the loss is no number.
+    Bytes and characters are those of the tokens that are scored: of a text all but its first token, which
+    nothing predicts. A line end is one byte, however the file stores it.
+
+    A `Notice` warns where windows reach beyond the positions that the model was trained on.
+
+    Raises `DataError` for data that cannot be read, or have not two tokens, `ConfigError` for an invalid
+    stride, batch size or `token_dtype`, `NumericsError` where the loss is no number.
     """
     most = model.config.block_size
     size = most if block_size is None else whole("block_size", block_size, 1, most)
     stride = size if stride is None else whole("stride", stride, 1, size)
     batch_size = max(1, AT_ONCE // size) if batch_size is None else batch_size
     batch_size = whole("batch_size", batch_size, 1, MAX_SIZE)
-    opened = _open(model, data, lines)
-    sizes = _sizes(model.tokenizer, model.config.vocab, b"" if opened.spans is None else b"\n")
+    opened, of_lines = _open(model, data, lines, check_dtype(token_dtype))
+    sizes = _sizes(model.tokenizer, model.config.vocab, b"\n" if of_lines else b"")
+    _warn_of_positions(model, Sliding(opened, size, stride).longest)
     result = score(model, opened, size, stride, batch_size, sizes=sizes, told=told)
     if not math.isfinite(result.loss):
         raise NumericsError(f"the loss is {result.loss}: the model's weights are not finite, or too large.")
-    return result
+    return dataclasses.replace(result, window=size, stride=stride)
 
 
-def _open(model: GPT, data: Any, lines: bool | None) -> Tokens:
+def _warn_of_positions(model: GPT, longest: int) -> None:
+    trained = model.trained_positions
+    if trained is not None and longest > trained:
+        warnings.warn(
+            Notice(
+                f"windows of {longest:,} tokens reach beyond the {trained:,} positions that the run trained, "
+                f"so expect a higher loss; --block-size {trained} stays within them."
+            ),
+            stacklevel=3,
+        )
+
+
+def _open(model: GPT, data: Any, lines: bool | None, token_dtype: str) -> tuple[Tokens, bool]:
+    """The data, and whether the token between documents is a line's end in them."""
     tokenizer = model.tokenizer
-    if isinstance(data, (Corpus, Shards)):
-        return data
-    if not isinstance(data, (str, Path)):
-        stream = np.asarray(data)
-        if stream.ndim != 1 or stream.dtype.kind not in "iu":
-            raise DataError("tokens must be a list of token ids.")
-        return _text(stream)
-    if are_tokens(data):
-        check_tokenizer(files := held_files(data), tokenizer, model.config.vocab, "the model")
-        return Shards(files, model.config.vocab)
-    if tokenizer is None:
-        raise DataError(f"the model has no tokenizer to read {data} with: give token shards, or {REMEDY}.")
     if lines is None:
         lines = isinstance(tokenizer, CharTokenizer) and tokenizer.bos is not None
-    documents = read_documents(data, whole=not lines)
+    # Characters without "\n" can only be lines, also where they were written to shards.
+    of_lines = isinstance(tokenizer, CharTokenizer) and "\n" not in tokenizer.chars
+    if isinstance(data, (Corpus, Shards)):
+        return data, of_lines or (lines and data.spans is not None)
+    source = source_of(data)
+    if token_dtype != AUTO and not are_tokens(source, token_dtype):
+        raise ConfigError(f"token_dtype is about token files, but {called(source)} is none: leave it out.")
+    if isinstance(source, np.ndarray):
+        return Corpus.of_pieces([_checked(source, model)]), of_lines
+    if are_tokens(source, token_dtype):
+        assert not isinstance(source, list)
+        check_tokenizer(files := held_files(source), tokenizer, model.config.vocab, "the model")
+        return Shards(files, model.config.vocab, token_dtype), of_lines
+    if tokenizer is None:
+        raise DataError(
+            f"the model has no tokenizer to read {called(source)} with: give token shards, or {REMEDY}."
+        )
+    documents = source if isinstance(source, list) else read_documents(source, whole=not lines)
     try:
         if lines:
-            return Corpus.from_documents(documents, tokenizer, model.config.block_size)
-        return _text(np.array(tokenizer.encode(documents[0])))
+            return Corpus.from_documents(documents, tokenizer, model.config.block_size), True
+        return Corpus.of_pieces([tokenizer.encode(text) for text in documents]), False
     except DataError as error:
-        raise DataError(f"{data}: {error}") from None
+        raise DataError(f"{called(source)}: {error}") from None
 
 
-def _text(stream: np.ndarray) -> Corpus:
-    """A text that is just its tokens."""
-    return Corpus(stream, np.array([[0, len(stream) - 1]]), 0, "")
+def _checked(tokens: np.ndarray, model: GPT) -> np.ndarray:
+    """The tokens, before numbers of 64 bits become others of 32."""
+    check_tokens(tokens, model.config.vocab)
+    return tokens
 
 
 def score(
@@ -171,6 +204,7 @@ class Sliding:
         self._ends = np.cumsum(np.where(self._lengths > 0, 1 + -(-beyond // stride), 0))
         self._begins = np.append(0, self._ends[:-1])
         self.tokens = int(self._lengths.sum())
+        self.longest = min(size, int(self._lengths.max(initial=0)))
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -27,6 +27,7 @@ from tapeless.memory import LOSSES, steps_at_once
 from tapeless.model import GPT
 from tapeless.optim import learning_rates
 from tapeless.programs import moments
+from tapeless.remarks import remarks
 from tapeless.rng import Random
 from tapeless.settings import Training
 
@@ -446,14 +447,10 @@ class Job:
             f"{Path(str(self.about['data'])).name} ({self.data.sizes()}, vocabulary {c.vocab:,}) · "
             f"{t.steps:,} steps of {times} {each} · {machinery}"
         ]
-        train = self.data.train
-        if isinstance(train, Corpus) and train.n_cut and self.data.lines:
-            verb = "cut to it" if t.order == "shuffle" else "left out"
-            what = "document is" if train.n_cut == 1 else "documents are"
-            lines.append(f"{train.n_cut:,} {what} longer than the block of {self.longest} tokens: {verb}.")
+        lines += remarks(self.data, t, self.about, self.longest)
         if self.complete:
             done = f"{self.folder} is complete: {self.step:,} steps of {t.steps:,}."
-            lines.append(f"{done} Give more --steps to go on.")
+            lines.append(f"{done} Give more {argument('steps')} to go on.")
         elif self.step:
             changed = f" Changed: {self._changed}." if self._changed else ""
             lines.append(f"Going on from step {self.step:,}.{changed}")

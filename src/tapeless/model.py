@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tapeless.config import GPTConfig, whole
-from tapeless.data.tokenizers import Tokenizer
+from tapeless.config import GPTConfig, as_path, whole
 from tapeless.ends import Ends, eos_ids
 from tapeless.engine import Engine
 from tapeless.errors import ConfigError, DataError
@@ -22,6 +21,7 @@ from tapeless.io.checkpoints import open_model, with_tokenizer
 from tapeless.layout import param_views
 from tapeless.memory import check_memory
 from tapeless.rng import Random
+from tapeless.tokenizer import Tokenizer
 
 
 class GPT:
@@ -54,15 +54,12 @@ class GPT:
         bos_token_id: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
     ):
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only {config.vocab:,}."
-            )
         self.config = config
         self.tokenizer = tokenizer
         self.ends = Ends()
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+        self.trained_positions: int | None = None  # where a run says how many of its block it was trained on
         rng = seed if seed is None or isinstance(seed, Random) else generator(config, seed)
         check_memory(config, engine, dtype, None, threads)
         self.engine = Engine(config, engine, dtype, threads)
@@ -94,6 +91,22 @@ class GPT:
     def grads(self) -> Mapping[str, np.ndarray]:
         """Gradients by name, as `loss_and_grad` left them: views into `engine.grads`."""
         return MappingProxyType(param_views(self.config, self.engine.g))
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What turns text into tokens and back, or None. Set a `tl.Tokenizer` of at most as many tokens as
+        the model has; anything else raises `ConfigError`."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise ConfigError(f"tokenizer must be a tl.Tokenizer or None, not {type(tokenizer).__name__}.")
+        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only {self.config.vocab:,}."
+            )
+        self._tokenizer = tokenizer
 
     @property
     def n_params(self) -> int:
@@ -180,7 +193,7 @@ class GPT:
         Raises `RunError` if that cannot be written.
         """
         with self.lock:
-            runs.save_model(Path(path), self.config, self.tokenizer, self.ends, dict(self.params))
+            runs.save_model(as_path("path", path), self.config, self.tokenizer, self.ends, dict(self.params))
 
     def _fill(self, tokens: Any, targets: Any, starts: Any, weights: Any) -> int:
         tokens, targets = self._ids("tokens", tokens), self._ids("targets", targets)
@@ -247,5 +260,6 @@ def load(
         config = config.replace(precision=precision)
     model = GPT(config, None, engine, dtype=dtype, threads=threads, tokenizer=checkpoint.tokenizer)
     model.ends = checkpoint.ends.within(config.vocab)
+    model.trained_positions = checkpoint.trained_positions
     checkpoint.read_into(model.params)
     return model

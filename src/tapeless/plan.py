@@ -8,13 +8,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tapeless import hub
 from tapeless.config import COMPUTED, GPTConfig, from_saved, whole
 from tapeless.data.documents import BUILT_IN
-from tapeless.data.orders import Order, Tokens, make_order
+from tapeless.data.given import FROM_PYTHON, Source, called
+from tapeless.data.headerless import AUTO
+from tapeless.data.orders import Order, make_order
 from tapeless.data.shards import Shards
 from tapeless.data.sources import Data, are_tokens, open_data
-from tapeless.data.tokenizers import MADE, CharTokenizer
+from tapeless.data.tokenizers import MADE, CharTokenizer, Tokenizer
 from tapeless.ends import Ends
 from tapeless.engine import check_engine
 from tapeless.errors import ConfigError, RunError, argument
@@ -42,12 +46,13 @@ class Plan(NamedTuple):
 
     name: str  # of the preset
     preset: Preset
-    data: str | Path
-    val: str | Path | None
+    data: Source
+    val: Source | None
     seed: int
     engine: str
     dtype: str | None
     threads: int | None
+    tokenizer: Tokenizer | None = None  # in place of the preset's
     vocab_size: int | None = None  # the model's; its tokenizer may have fewer
     ends: Ends = Ends()  # of texts, where not the tokenizer's
     pretrained: str | None = None  # where the weights came from
@@ -55,6 +60,7 @@ class Plan(NamedTuple):
     folder: Path | None = None  # of the saved run
     saved: Path | None = None  # where its checkpoint lies
     keep: int = KEEP  # checkpoints
+    trained_positions: int = 0  # by the saved run so far
     digests: tuple[str, str | None] | None = None  # of the data it was trained and validated on
     sizes: str | None = None  # of that data, for people
     # What was changed when it was resumed: at which steps, and now, each setting's value before and after
@@ -63,8 +69,8 @@ class Plan(NamedTuple):
 
 
 def fresh(
-    data: str | Path | None,
-    val: str | Path | None,
+    data: Source | None,
+    val: Source | None,
     preset: str | None,
     pretrained: str | Path | None,
     settings: dict[str, Any],
@@ -72,6 +78,7 @@ def fresh(
     engine: str | None,
     dtype: str | None,
     threads: int | None,
+    tokenizer: Tokenizer | None = None,
 ) -> Plan:
     """A new run. With `pretrained` its model comes from there, and it is trained as `FINETUNING` says;
     a `block_size` in the settings is then the length of what it is trained on.
@@ -82,14 +89,21 @@ def fresh(
     name = ("gpt2" if pretrained is not None else "microgpt") if preset is None else preset
     chosen, checkpoint = get_preset(name), None
     data = "names" if data is None else data
+    tokens = isinstance(data, np.ndarray) or are_tokens(data, settings.get("token_dtype", AUTO))
     if pretrained is not None:
         checkpoint = with_tokenizer(open_model(pretrained))
+        if tokenizer is not None:
+            if checkpoint.tokenizer is not None:
+                raise ConfigError(f"{checkpoint.path} has its own tokenizer: leave tokenizer out.")
+            checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
         chosen, settings = _finetuning(chosen if preset else None, checkpoint, settings)
-    if "order" not in settings and chosen.training.of_documents and are_tokens(data):
+        if tokens or val is not None:
+            settings.setdefault("val_fraction", 0.0)
+    if "order" not in settings and chosen.training.of_documents and tokens:
         settings = settings | {"order": "sequence"}
     chosen = chosen.with_settings(settings)
     seed, engine = 42 if seed is None else seed, "cpu" if engine is None else engine
-    plan = Plan(name, chosen, data, val, seed, engine, dtype, threads, settings.get("vocab_size"))
+    plan = Plan(name, chosen, data, val, seed, engine, dtype, threads, tokenizer, settings.get("vocab_size"))
     if checkpoint is None:
         return plan
     vocab_size, path = checkpoint.config.vocab, str(checkpoint.path)
@@ -134,8 +148,8 @@ def _with_window(settings: dict[str, Any], model: GPTConfig, source: str | Path)
 def resumed(
     folder: Path,
     place: Path,
-    data: str | Path | None,
-    val: str | Path | None,
+    data: Source | None,
+    val: Source | None,
     preset: str | None,
     pretrained: str | Path | None,
     settings: dict[str, Any],
@@ -155,6 +169,11 @@ def resumed(
         strings += [saved[k] for k in ("val", "val_digest", "pretrained") if saved[k] is not None]
         if not all(isinstance(value, str) for value in strings):
             raise TypeError
+        for was, now in ((saved["data"], data), (saved["val"], val)):
+            if was == FROM_PYTHON and now is None:
+                raise RunError(
+                    f"{folder} was trained on data given in Python, which a run does not keep: give it again."
+                )
         if threads is None and engine in (None, saved["engine"]):
             threads = check_threads(saved["engine"], saved.get("threads"))
         plan = Plan(
@@ -175,6 +194,7 @@ def resumed(
             folder=folder,
             saved=place,
             keep=whole("keep", saved.get("keep", KEEP), 1, MAX_KEEP),
+            trained_positions=runs.trained_positions(place, config, saved) or 0,
             digests=(saved["digest"], saved["val_digest"]),
             sizes=str(saved["sizes"]) if "sizes" in saved else None,
             history=list(saved.get("changes", ())),
@@ -187,9 +207,9 @@ def resumed(
         raise RunError(
             f"{place / runs.CONFIG} does not describe a training run, so it cannot be resumed: {reason}"
         ) from None
-    for what, was, now in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
-        if now is not None and now != was:
-            raise RunError(f"{folder} was started with {what} {was}, not {now}.")
+    for what, first, given in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
+        if given is not None and given != first:
+            raise RunError(f"{folder} was started with {what} {first}, not {given}.")
     if pretrained is not None and not _came_from(plan.pretrained, pretrained):
         was = plan.pretrained or "new weights"
         raise RunError(f"{folder} was started from {was}, not from {pretrained}.")
@@ -231,6 +251,9 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     check_threads(plan.engine, plan.threads)
     longest = _longest(chosen.model, training)
     batches = training.batches(longest)
+    sources = [source for source in (plan.data, plan.val) if source is not None]
+    if training.token_dtype != AUTO and not any(are_tokens(each, training.token_dtype) for each in sources):
+        raise ConfigError(f"token_dtype is about token files, but {called(plan.data)} is none: leave it out.")
     data = _read(plan)
     if training.eval_every and data.val is None:
         raise ConfigError(
@@ -247,12 +270,12 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     if plan.digests is not None:
         for source, now, was in (
             (plan.data, data.train.digest, plan.digests[0]),
-            (plan.val or plan.data, val_digest, plan.digests[1]),
+            (plan.data if plan.val is None else plan.val, val_digest, plan.digests[1]),
         ):
             if now != was:
                 size = f" ({plan.sizes})" if plan.sizes else ""
                 raise RunError(
-                    f"{source} is not the data that {plan.folder} was trained on{size}: it has "
+                    f"{called(source)} is not the data that {plan.folder} was trained on{size}: it has "
                     f"{data.sizes()}, and the checksum {_short(now)} where that had {_short(was)}."
                 )
 
@@ -270,9 +293,12 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     model.ends = plan.ends.also(data.tokenizer.bos if data.tokenizer else None)
     if plan.checkpoint is not None:
         plan.checkpoint.read_into(model.params)
+    model.trained_positions = max(plan.trained_positions, order.longest)
+    tokens = isinstance(plan.data, np.ndarray) or are_tokens(plan.data, training.token_dtype)
+    made = chosen.tokenizer in MADE and plan.tokenizer is None and not tokens
     about = {
         "preset": plan.name,
-        "tokenizer": SAVED if are_tokens(plan.data) or chosen.tokenizer not in MADE else chosen.tokenizer,
+        "tokenizer": chosen.tokenizer if made else SAVED,
         "training": dataclasses.asdict(training),
         "pretrained": plan.pretrained,
         "data": _resolved(plan.data),
@@ -285,6 +311,7 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
         "dtype": str(model.engine.dtype),
         "threads": model.engine.team(training.batch_size),
         "keep": plan.keep,
+        "trained_positions": model.trained_positions,
         "changes": list(plan.history),
     }
     job = Job(model, training, data, order, batches, longest, rng, about, lock, log_every, overwrite)
@@ -321,31 +348,42 @@ def _longest(config: GPTConfig, training: Training) -> int:
 def _read(plan: Plan) -> Data:
     chosen, training = plan.preset, plan.preset.training
     tokenizer: Any = chosen.tokenizer
-    if tokenizer == SAVED and plan.checkpoint is not None:
+    if plan.tokenizer is not None:
+        tokenizer = plan.tokenizer
+    elif tokenizer == SAVED and plan.checkpoint is not None:
         tokenizer = plan.checkpoint.tokenizer
     elif tokenizer == SAVED and plan.saved is not None:
         tokenizer = runs.read_tokenizer(plan.saved, runs.tokens_of(*runs.read_config(plan.saved)))
+    longest = _longest(chosen.model, training)
+    by_default = plan.pretrained is not None and training.val_fraction == FINETUNING.val_fraction
+    least = 1 + longest * {"windows": 1, "sequence": training.batch_size, "llmc": training.batch_size}.get(
+        training.order, 0
+    )
     return open_data(
         plan.data,
         plan.val,
         tokenizer,
         plan.vocab_size,
-        _longest(chosen.model, training),
+        longest,
         lines=training.of_documents,
         val_fraction=training.val_fraction,
+        token_dtype=training.token_dtype,
+        least=least if by_default else None,
         usual_vocab=chosen.model.vocab_size,
         owner=plan.folder or plan.pretrained or "the model",
     )
 
 
-def held_out(folder: Path) -> Tokens:
-    """What a saved run is validated on. Raises `RunError` if it has nothing of that kind."""
+def held_out(folder: Path) -> Data:
+    """The data of a saved run; its `val` is what it is validated on. Raises `RunError` if there is none."""
     place = saves.newest(folder, runs.MODEL)  # as for the model itself
-    val = _read(resumed(folder, place, None, None, None, None, {}, None, None, None, None)).val
-    if val is None:
+    data = _read(resumed(folder, place, None, None, None, None, {}, None, None, None, None))
+    if data.val is None:
         raise RunError(f"{folder} has no validation data: pass the data to evaluate it on.")
-    return val
+    return data
 
 
-def _resolved(source: str | Path) -> str:
+def _resolved(source: Source) -> str:
+    if not isinstance(source, (str, Path)):
+        return FROM_PYTHON
     return str(source) if str(source) in BUILT_IN else str(Path(source).resolve())

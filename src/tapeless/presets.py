@@ -87,6 +87,7 @@ FINETUNING = Training(
     beta1=0.9,
     beta2=0.999,
     order="sequence",
+    val_fraction=0.1,  # of texts; see plan.fresh
     eval_batches=20,
     samples=2,
     temperature=0.8,

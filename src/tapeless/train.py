@@ -7,7 +7,7 @@ looks whether it should stop. The size of a chunk follows the clock and changes 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tapeless import plan
-from tapeless.config import whole
+from tapeless.config import as_path, whole
+from tapeless.data.given import source_of
 from tapeless.errors import ConfigError, RunError, argument
 from tapeless.generate import listed
 from tapeless.init import MAX_SEED
@@ -28,6 +29,7 @@ from tapeless.meter import Meter, Speed
 from tapeless.model import GPT
 from tapeless.settings import MAX_STEPS
 from tapeless.signals import STOPPING, handled
+from tapeless.tokenizer import Tokenizer
 
 CHUNK_SECONDS = 0.1
 SAVE_SECONDS = 10.0
@@ -113,7 +115,7 @@ class Progress(Protocol):
 
 
 def train(
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str] | Sequence[int] | np.ndarray | None = None,
     preset: str | None = None,
     *,
     steps: int | None = None,
@@ -127,8 +129,10 @@ def train(
     samples: int | None = None,
     temperature: float | None = None,
     set: dict[str, Any] | None = None,
-    val: str | Path | None = None,
+    val: str | Path | Sequence[str] | Sequence[int] | np.ndarray | None = None,
     pretrained: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    token_dtype: str | None = None,
     log_every: int = 1,
     resume: bool = False,
     overwrite: bool = False,
@@ -138,7 +142,12 @@ def train(
     """Train a model on documents or a long text, and let it generate `samples` texts.
 
     `data` is a text file (one document a line, or one text where the preset reads windows of it),
-    token shards (a file, folder or glob of them), or a built-in set ("names", the default);
+    token shards (a file, folder or glob of them), or a built-in set ("names", the default). From Python it
+    may also be a list of texts, each a document, or a list or array [N] of token ids; the vocabulary of
+    these is that of `tokenizer`, or `set={"vocab_size": V}`. `token_dtype` ("uint16", "uint32", "int32" or
+    "int64") says what token files without a header hold, where their content does not settle it.
+    `tokenizer`, a `tl.Tokenizer`, takes the place of the preset's.
+
     `preset` names the model ("microgpt" by default); None elsewhere means the preset's value, seed
     42, engine "cpu", and as many threads as there are processors if a step is large enough for that
     to pay. Results repeat bit for bit for a fixed number of threads; other numbers round differently.
@@ -148,10 +157,12 @@ def train(
 
     `pretrained` is a model to start from: a run folder, a Hugging Face folder of GPT-2, llm.c's file,
     or a name on the Hugging Face hub. It is trained as `presets.FINETUNING` says, on windows of
-    `block_size` tokens if that is set; a preset given beside it must be of its architecture.
+    `block_size` tokens if that is set; the last tenth of a text is held out to validate on. A preset given
+    beside it must be of its architecture.
 
     `out` is the run folder to write; None writes nothing. `resume` goes on with the run in `out` as it
-    was set up, with whatever is given here changed. If there is none yet, it begins one, provided that
+    was set up, with whatever is given here changed; data from Python, which a run does
+    not keep, must be given again. If there is none yet, it begins one, provided that
     `data`, `preset` or `pretrained` says what to train; if it is complete, it does nothing more. So the
     same call does, however often it is interrupted. `overwrite` starts anew over a run. `keep` is the number
     of checkpoints that stay there, the newest; None means 2, so that there is one to fall back to.
@@ -165,11 +176,17 @@ def train(
     log_every = whole("log_every", log_every, 1, MAX_STEPS)
     seed = None if seed is None else whole("seed", seed, 0, MAX_SEED)
     keep = None if keep is None else whole("keep", keep, 1, saves.MAX_KEEP)
+    if not isinstance(tokenizer, Tokenizer | None):
+        raise ConfigError(f"tokenizer must be a tl.Tokenizer, not {type(tokenizer).__name__}.")
     if not isinstance(set or {}, Mapping):
         raise ConfigError(f"set must be a dictionary of settings by name, not {set!r}.")
-    folder = None if out is None else Path(out)
+    folder = None if out is None else as_path("out", out)
+    pretrained = None if pretrained is None else as_path("pretrained", pretrained)
+    source = None if data is None else source_of(data)
+    held = None if val is None else source_of(val, "val")
     given = {
-        "steps": steps, "batch_size": batch_size, "lr": lr, "samples": samples, "temperature": temperature
+        "steps": steps, "batch_size": batch_size, "lr": lr, "samples": samples, "temperature": temperature,
+        "token_dtype": token_dtype,
     }  # fmt: skip
     settings = dict(set or {}) | {name: value for name, value in given.items() if value is not None}
     if resume and overwrite:
@@ -186,13 +203,17 @@ def train(
         named = any(given is not None for given in (data, preset, pretrained))  # what to begin a run with
         if resume and folder is not None and (folders.holds_a_run(folder) or not named):
             place = saves.newest(folder, runs.STATE)
+            if tokenizer is not None:
+                raise ConfigError(f"{folder} keeps its own tokenizer: leave tokenizer out.")
             what = plan.resumed(
-                folder, place, data, val, preset, pretrained, settings, seed, engine, dtype, threads
+                folder, place, source, held, preset, pretrained, settings, seed, engine, dtype, threads
             )
         else:
             if folder is not None:
                 folders.refuse(folder, overwrite)
-            what = plan.fresh(data, val, preset, pretrained, settings, seed, engine, dtype, threads)
+            what = plan.fresh(
+                source, held, preset, pretrained, settings, seed, engine, dtype, threads, tokenizer
+            )
         if keep is not None:
             what = what._replace(keep=keep)
         job = plan.prepare(what, lock, log_every, overwrite)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tapeless.cli import convert, data, export, models, runs, settings
+from tapeless.cli.options import Command
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +39,7 @@ def main(
 
 
 app.command(cls=runs.Train)(runs.train)
-app.command("eval")(runs.evaluate)
+app.command("eval", cls=Command)(runs.evaluate)
 for _command in (
     runs.sample,
     data.tokenize,
@@ -50,4 +51,4 @@ for _command in (
     models.presets,
     settings.settings,
 ):
-    app.command()(_command)
+    app.command(cls=Command)(_command)

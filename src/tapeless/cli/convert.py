@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli.options import MODEL, option, say
+from tapeless.cli.options import MODEL, TokenDtype, option, say
 
 
 def convert(
@@ -39,6 +39,7 @@ def convert(
     block_size: Annotated[
         int | None, option("With --state: tokens per text.", "T", "64, or the model's context")
     ] = None,
+    token_dtype: TokenDtype = None,
     seed: Annotated[int, typer.Option(metavar="S", help="With --state: seed of the random tokens.")] = 42,
 ) -> None:
     """Convert a model to another program's format.
@@ -49,14 +50,12 @@ def convert(
     from tapeless.convert import convert as convert_model
     from tapeless.errors import ConfigError
 
-    if not target:  # as a path, that would be the present folder
-        raise ConfigError("DST is empty: name a file or a folder.")
     if not state:
         convert_model(source, Path(target), to, dtype, overwrite, say)
         return
     if to is not None or dtype != "f32":
         raise ConfigError("--state writes a debug state of llm.c, in float32: leave --to and --dtype out.")
-    _write_state(source, Path(target), overwrite, data, batch_size, block_size, seed)
+    _write_state(source, Path(target), overwrite, data, token_dtype, batch_size, block_size, seed)
 
 
 def _write_state(
@@ -64,6 +63,7 @@ def _write_state(
     target: Path,
     overwrite: bool,
     data: Path | None,
+    token_dtype: str | None,
     batch_size: int,
     block_size: int | None,
     seed: int,
@@ -73,6 +73,7 @@ def _write_state(
     from tapeless import debugstate
     from tapeless.config import MAX_SIZE, whole
     from tapeless.convert import NO_FORMAT, refuse
+    from tapeless.data.headerless import check_dtype
     from tapeless.data.shards import Shards
     from tapeless.errors import ConfigError, DataError
     from tapeless.init import MAX_SEED
@@ -90,7 +91,7 @@ def _write_state(
     if data is None:
         tokens = rng.integers(0, model.config.vocab, B * T + 1, np.int32)
     else:
-        shard = Shards([data], model.config.vocab)
+        shard = Shards([data], model.config.vocab, check_dtype(token_dtype))
         if shard.pieces[-1] <= B * T:
             raise DataError(f"{data} has {shard.pieces[-1]:,} tokens; expected {B * T + 1:,} at least.")
         tokens, _ = shard.take(np.array([[0, B * T]]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 
 def option(help: str, metavar: str, default: str, *names: str) -> Any:
@@ -45,6 +46,32 @@ Precision = Annotated[
     option("Precision of matmul inputs (mixed precision): float32 or bf16.", "NAME", "the model's"),
 ]
 EngineName = Annotated[str | None, option("cpu (compiled) or reference (NumPy).", "NAME", "cpu")]
+
+
+TokenDtype = Annotated[
+    str | None,
+    option(
+        "What token files without a header hold: uint16, uint32, int32 or int64.", "NAME", "by their content"
+    ),
+]
+
+
+class Command(TyperCommand):
+    """A command that refuses empty values: as a path, each would mean the present folder."""
+
+    may_be_empty = ("prompt",)
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        from tapeless.errors import ConfigError
+
+        given, *_ = self.make_parser(context).parse_args(args=list(args))
+        for parameter in self.get_params(context):
+            value = given.get(parameter.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if "" in values and parameter.name not in self.may_be_empty:
+                what = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
+                raise ConfigError(f"{what} is empty: give a value, or leave it out.")
+        return super().parse_args(context, args)
 
 
 def parse_settings(pairs: list[str] | None) -> dict[str, Any]:

@@ -8,30 +8,33 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from tapeless.cli.options import (
     A_MODEL,
     MODEL,
+    Command,
     EngineName,
     Precision,
     Recompute,
     Settings,
     Threads,
+    TokenDtype,
     option,
     parse_settings,
     quoted,
     say,
 )
 
+PRESETS_OWN = "-"  # the value of --pretrained without one
 
-class Train(TyperCommand):
+
+class Train(Command):
     """`--pretrained` without a value means the preset's own name: it is fetched."""
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
         full = []
         for word, following in pairwise([*args, "-"]):
-            full += [word, ""] if word == "--pretrained" and following.startswith("-") else [word]
+            full += [word, PRESETS_OWN] if word == "--pretrained" and following.startswith("-") else [word]
         return super().parse_args(context, full)
 
 
@@ -59,6 +62,7 @@ def train(
     val: Annotated[
         str | None, option("Validation data.", "DATA", "NAME_val.bin, or the part held out")
     ] = None,
+    token_dtype: TokenDtype = None,
     steps: Annotated[int | None, option("Optimiser steps.", "N", "the preset's")] = None,
     batch_size: Annotated[int | None, option("Documents or windows per batch.", "B", "the preset's")] = None,
     block_size: Annotated[
@@ -136,7 +140,7 @@ def train(
         "steps": steps, "batch_size": batch_size, "block_size": block_size, "lr": lr, "samples": samples,
         "total_batch_tokens": total_batch_tokens, "order": order, "temperature": temperature,
         "eval_every": eval_every, "sample_every": sample_every,
-        "precision": precision, "recompute": recompute, "seed": seed,
+        "precision": precision, "recompute": recompute, "seed": seed, "token_dtype": token_dtype,
     }  # fmt: skip
     settings = parse_settings(set_) | {name: value for name, value in options.items() if value is not None}
     of_file = {} if config is None else read_toml(config)
@@ -144,7 +148,7 @@ def train(
     settings |= of_file
     seed = settings.pop("seed", None)
     name = preset or ("microgpt" if pretrained is None else "gpt2")
-    if pretrained == "":
+    if pretrained == PRESETS_OWN:
         pretrained = name
     if out is None:
         get_preset(name)
@@ -237,6 +241,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    token_dtype: TokenDtype = None,
     engine: EngineName = None,
     threads: Threads = None,
     precision: Precision = None,
@@ -254,19 +259,23 @@ def evaluate(
 
     what: Any = data
     if data is None:
-        what = held_out(Path(model))
+        own = held_out(Path(model))
+        what, lines = own.val, own.lines
     loaded = load(model, "cpu" if engine is None else engine, threads=threads, precision=precision)
     with Counting("tokens") as told:
         loaded.engine.notice = lambda: told.say(COMPILING)
         result = score(
-            loaded, what, stride, block_size=block_size, lines=lines, batch_size=batch_size, told=told
-        )
+            loaded, what, stride, block_size=block_size, lines=lines, batch_size=batch_size,
+            token_dtype=token_dtype, told=told,
+        )  # fmt: skip
     rows = {
         "loss": result.loss,
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
         "bits_per_character": result.bits_per_character,
         "tokens": result.tokens,
+        "window": result.window,
+        "stride": result.stride,
     }
     if json:
         from json import dumps

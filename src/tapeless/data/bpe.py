@@ -13,13 +13,14 @@ from tapeless import hub
 from tapeless.data.added import completed
 from tapeless.data.texts import pieces
 from tapeless.errors import DataError, RunError, install
+from tapeless.tokenizer import Tokenizer
 
 END = "<|endoftext|>"  # stands between documents
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 LEAST = 257  # tokens: the bytes, and END
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding: any text has tokens, and `decode(encode(text)) == text` as long
     as the tokenizer does not normalise texts (GPT-2's does not), and all 256 bytes are in its vocabulary.
     Text with another byte is refused, unless the tokenizer has a token for what it does not know.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from tapeless.data.tokenizers import Tokenizer
+from tapeless.data.texts import undecodable
+from tapeless.data.tokenizers import CharTokenizer, Tokenizer
 from tapeless.errors import DataError
 
 BUILT_IN = {"names": "names.txt"}
@@ -45,7 +47,8 @@ def read_documents(source: str | Path, *, whole: bool = False) -> list[str]:
             ) from None
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{source} is not UTF-8 text (byte {error.start}); expected one document a line."
+                f"{source} is not UTF-8 text ({undecodable(error.object, error.start)}); "
+                "expected one document a line."
             ) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -63,18 +66,25 @@ def read_documents(source: str | Path, *, whole: bool = False) -> list[str]:
 class Corpus:
     """Documents as tokens: `stream` is BOS d₁ BOS d₂ BOS …; span (start, length) of a document
     covers its leading BOS and its text, cut to the block; its targets end with the next BOS.
-    Where the tokenizer has no BOS there is one document, and the stream is just its text."""
+    Where the tokenizer has no BOS, each text is a piece of the stream; several have no spans."""
 
     stream: np.ndarray  # [M] int32
-    spans: np.ndarray  # [documents, 2] int64
+    spans: np.ndarray | None  # [documents, 2] int64
     n_cut: int  # documents longer than the block
     digest: str  # of the stream: the same tokens, the same digest
-    names = ("the text",)
+    bounds: np.ndarray | None = None  # of the pieces, if there are several
+    n_dropped: int = 0  # characters without a token, which a tokenizer that folds leaves out
 
     @property
     def pieces(self) -> np.ndarray:
-        """The stream is one piece."""
-        return np.array([0, len(self.stream)])
+        """Where each piece begins, and the last one ends."""
+        return np.array([0, len(self.stream)]) if self.bounds is None else self.bounds
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What messages call the pieces."""
+        count = len(self.pieces) - 1
+        return ("the text",) if count == 1 else [f"text {i + 1:,}" for i in range(count)]
 
     def take(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The whole stream, and the spans as they are."""
@@ -86,9 +96,11 @@ class Corpus:
         encoded = [ids for ids in map(tokenizer.encode, documents) if ids]
         if not encoded:
             raise DataError("no document holds a character that the tokenizer knows.")
+        dropped = 0
+        if isinstance(tokenizer, CharTokenizer) and tokenizer.fold:
+            dropped = sum(len(text.lower()) for text in documents) - sum(map(len, encoded))
         if tokenizer.bos is None:
-            stream = np.array(encoded[0], np.int32)
-            return cls(stream, np.array([[0, len(stream) - 1]]), 0, _digest(stream))
+            return cls.of_pieces(encoded)
         lengths = np.array([len(ids) + 1 for ids in encoded])
         ends = np.cumsum(lengths)
         stream = np.empty(ends[-1] + 1, np.int32)
@@ -98,7 +110,16 @@ class Corpus:
         inside[0] = inside[ends] = False
         stream[inside] = np.concatenate([np.array(ids, np.int32) for ids in encoded])
         spans = np.stack([ends - lengths, np.minimum(lengths, block_size)], axis=1).astype(np.int64)
-        return cls(stream, spans, int(np.sum(lengths > block_size)), _digest(stream))
+        n_cut = int(np.sum(lengths > block_size))
+        return cls(stream, spans, n_cut, _digest(stream), n_dropped=dropped)
+
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Sequence[int] | np.ndarray]) -> Corpus:
+        """Tokens that are no documents: each piece is read by itself."""
+        stream = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+        if len(pieces) == 1:
+            return cls(stream, np.array([[0, len(stream) - 1]]), 0, _digest(stream))
+        return cls(stream, None, 0, _digest(stream), np.cumsum([0, *map(len, pieces)]))
 
 
 def _digest(stream: np.ndarray) -> str:

@@ -77,7 +77,9 @@ def find_tokens(source: str | Path, paired: bool = True) -> TokenFiles:
 
 def _divided(paths: list[Path]) -> tuple[list[Path], list[Path]]:
     """The files to train on, and those to validate on, by their names."""
-    train, val, unclear = [], [], []
+    train: list[Path] = []
+    val: list[Path] = []
+    unclear: list[Path] = []
     for path in paths:
         if match := NAME.fullmatch(path.name):
             (train if match["split"] == "train" else val).append(path)
@@ -87,8 +89,8 @@ def _divided(paths: list[Path]) -> tuple[list[Path], list[Path]]:
             train.append(path)
     if unclear and train:
         raise DataError(
-            f"{_listed(unclear)}: the name says that this is not to train on. Choose by a glob what is, and what "
-            "to validate on by --val."
+            f"{_listed(unclear)}: the name says that this is not to train on. Choose by a glob what is, "
+            "and what to validate on by --val."
         )
     return [*train, *unclear], val
 
@@ -112,7 +114,8 @@ def _beside(train: list[Path]) -> list[Path]:
 def _files(folder: Path, name: str | None, split: str) -> list[Path]:
     matches = [(m, p) for p in _token_files(folder) if (m := NAME.fullmatch(p.name))]
     found = [(m, p) for m, p in matches if (m["name"], m["split"]) == (name, split)]
-    if len(found) > 1 and (any(m["number"] is None for m, _ in found) or len({m["kind"] for m, _ in found}) > 1):
+    alone, kinds = any(m["number"] is None for m, _ in found), {m["kind"] for m, _ in found}
+    if len(found) > 1 and (alone or len(kinds) > 1):
         raise DataError(
             f"{folder} has the same data in one file and in numbered ones, or twice: "
             f"{_listed(p for _, p in found)}. Remove some, or choose by a glob."

@@ -13,13 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from tapeless.errors import DataError
+from tapeless.errors import ConfigError, DataError, did_you_mean
 
 AUTO = "auto"
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
 SAMPLE = 2**18  # bytes looked at
 PROOF = 1e-9  # how likely at most another kind of file would be taken for uint16
 DIFFERENT = 16  # ids that must occur before 0 as every second one tells int64
+
+
+def check_dtype(token_dtype: str | None) -> str:
+    """`token_dtype`, "auto" for None. Raises `ConfigError` if it is none of `TOKEN_DTYPES`."""
+    if token_dtype not in (None, AUTO, *TOKEN_DTYPES):
+        raise ConfigError(f"token_dtype cannot be {token_dtype!r}.{did_you_mean(token_dtype, TOKEN_DTYPES)}")
+    return token_dtype or AUTO
 
 
 def find_dtype(path: Path, size: int, start: bytes, vocab_size: int, token_dtype: str) -> np.dtype:
@@ -34,15 +41,16 @@ def find_dtype(path: Path, size: int, start: bytes, vocab_size: int, token_dtype
         dtype = np.dtype(token_dtype).newbyteorder("<")
         if size % dtype.itemsize:
             raise DataError(
-                f"{path} has {size:,} bytes, not a multiple of {dtype.itemsize}: its tokens are not {token_dtype}."
+                f"{path} has {size:,} bytes, not a multiple of {dtype.itemsize}: its tokens are not "
+                f"{token_dtype}."
             )
         if found := _first_invalid(start, dtype, vocab_size):
             raise DataError(f"{path} read as {token_dtype} has {_told(found)}; {_below(vocab_size)}.")
         return dtype
     if _is_text(start):
         raise DataError(
-            f"{path} looks like text; expected token ids. Name it .txt to train on the text, or make tokens of "
-            "it by tapeless tokenize."
+            f"{path} looks like text; expected token ids. Name it .txt to train on the text, or turn it into "
+            "tokens by tapeless tokenize."
         )
     possible, reasons = [], []
     for name in ("uint16", "int32", "int64"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from tapeless.errors import DataError
+from tapeless.errors import DataError, Notice
 from tapeless.rng import Random
 
 DRAWS = 2**16  # random numbers of a permutation made at once
@@ -154,6 +155,15 @@ class _Batches:
                 f"{data.names[longest]} has {np.diff(data.pieces)[longest]:,} tokens; a batch of "
                 f"{batch_size:,} windows of {block_size:,} needs {self._step + 1:,}: "
                 "set a smaller batch_size or block_size."
+            )
+        if short := [name for name, count in zip(data.names, self.counts, strict=True) if not count]:
+            more = f" and {len(short) - 1} more" if len(short) > 1 else ""
+            warnings.warn(
+                Notice(
+                    f"{short[0]}{more} is not read: it has fewer than the {self._step + 1:,} tokens of a "
+                    "batch. Set a smaller batch_size or block_size, or order=windows."
+                ),
+                stacklevel=4,
             )
         offsets = np.arange(batch_size, dtype=np.int64) * block_size
         self._windows = np.stack([offsets, np.full(batch_size, block_size)], axis=1)

@@ -98,7 +98,7 @@ def is_npy(path: Path) -> bool:
 
 
 def open_shard(path: Path, vocab_size: int, token_dtype: str = headerless.AUTO) -> Shard:
-    """Return where the tokens of a file are, from its header, its content or, without a header, `token_dtype`.
+    """Return where the tokens of a file are. A header says so; without one `token_dtype`, or the content.
 
     Raises `DataError` if it cannot be read, does not hold token ids, its size is not what it should be, or
     its header says something else than `token_dtype`.
@@ -201,14 +201,14 @@ class Shards:
         self.vocab_size = vocab_size
 
     def _tell_guesses(self) -> None:
-        """Say how files without a header were read. int32 goes without saying, as the documentation has it."""
+        """Say how files without a header were read. int32 is what the documentation says of them."""
         guessed = [shard for shard in self.files if not shard.begin and shard.dtype.name != "int32"]
         if guessed:
             first, more = guessed[0], f" and {len(guessed) - 1} more" if len(guessed) > 1 else ""
             warnings.warn(
                 Notice(
-                    f"{first.path}{more} without a header: read as {first.dtype.name}. "
-                    "If it is something else, give --token-dtype."
+                    f"{first.path}{more} has no header: its tokens are read as {first.dtype.name}. "
+                    "If they are something else, give --token-dtype."
                 ),
                 stacklevel=4,
             )
@@ -244,10 +244,10 @@ class Shards:
             runs = np.flatnonzero(piece == k)
             ranges = np.stack([begins[runs], ends[runs]], axis=1) - self.pieces[k]
             for run, tokens in zip(runs, self.files[k].read(ranges.tolist()), strict=True):
+                part = stream[places[run] : places[run] + sizes[run]]
+                part[:] = tokens
                 if tokens.dtype.itemsize > 4:  # cut to 32 bits, an invalid id could become a valid one
-                    wide = tokens.astype(np.int64)
-                    tokens = np.where((wide < 0) | (wide >= self.vocab_size), -1, wide)
-                stream[places[run] : places[run] + sizes[run]] = tokens
+                    part[(tokens < 0) | (tokens >= self.vocab_size)] = -1
         if stream.view(np.uint32).max(initial=0) >= self.vocab_size:
             at = int(np.argmax(stream.view(np.uint32) >= self.vocab_size))
             run = np.searchsorted(places, at, side="right") - 1

@@ -13,6 +13,7 @@ import numpy as np
 
 from tapeless.data.bpe import END, BPETokenizer, from_bytes
 from tapeless.errors import DataError
+from tapeless.tokenizer import Tokenizer
 
 MAGIC = 20240328
 HEADER = 1024  # bytes: 256 uint32, of which magic, version, vocabulary and, in version 2, the end are used
@@ -21,7 +22,7 @@ GPT2_TOKENS, GPT2_END = 50257, 50256  # version 1 does not name the end
 
 
 @dataclass(frozen=True)
-class TableTokenizer:
+class TableTokenizer(Tokenizer):
     """The bytes of each token, and `bos`, the token that stands between documents.
 
     Where the tokens are of GPT-2's kind they tell how to encode, too: see `find_merges`.

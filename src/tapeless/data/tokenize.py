@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 from tapeless.config import number, whole
 from tapeless.data.bpe import LEAST, fetch_gpt2, train_bpe
 from tapeless.data.files import NAME, find_tokens
+from tapeless.data.seams import cuts
 from tapeless.data.shards import MOST, OTHERS, ShardWriter, magic_number
-from tapeless.data.texts import BLOCK, Texts
+from tapeless.data.texts import BLOCK, Cuts, Texts
 from tapeless.data.tokenizers import CharTokenizer, Tokenizer, find_tokenizer, read_tokenizer
 from tapeless.data.workers import documents, encoded, trained
-from tapeless.errors import DataError, argument
+from tapeless.errors import DataError, Notice, argument
 from tapeless.files import flush_folder, replace, write_text
 from tapeless.machine import processors
 
@@ -89,13 +91,14 @@ def tokenize(
     try:
         used = _tokenizer(tokenizer, train_bpe, source, lines, progress)
         _refuse_tokenizer(out, name, used, overwrite)
-        likely = min(processors(), source.size // WORTHWHILE) if processes is None else processes
-        processes = max(1, min(likely, source.size // BLOCK))
+        likely = min(processors(), source.stored // WORTHWHILE) if processes is None else processes
+        processes = max(1, min(likely, source.stored // BLOCK))
         with _aside(out, name) as part:
             splits = [_Split(part, name, split, used.vocab_size, shard_tokens) for split in ("train", "val")]
             try:
-                progress.begin("tokenizing", source.size)
-                for block, ids in encoded(source.blocks(progress.advance), used, lines, processes):
+                progress.begin("tokenizing", source.stored)
+                where = _cuts(used, source)
+                for block, ids in encoded(source.blocks(progress.advance, where), used, lines, processes):
                     splits[block.held_out].write(ids)
                 counts = [split.finish() for split in splits]
             finally:
@@ -117,11 +120,11 @@ def _tokenizer(
     kind: str | None, train: int | None, source: Texts, lines: bool, progress: Progress
 ) -> Tokenizer:
     if train is not None:
-        progress.begin("reading", source.size)
+        progress.begin("reading", source.stored)
         texts = (b.text for b in source.blocks(progress.advance) if not b.held_out)
-        return (trained if source.size >= WORTHWHILE else train_bpe)(texts, train)
+        return (trained if source.stored >= WORTHWHILE else train_bpe)(texts, train)
     if kind == "chars":
-        progress.begin("reading", source.size)
+        progress.begin("reading", source.stored)
         chars: set[str] = set()
         for block in source.blocks(progress.advance):
             chars |= set("".join(documents(block.text)) if lines else block.text)
@@ -134,6 +137,19 @@ def _tokenizer(
     if not kind or not path.exists():
         raise DataError(f"no tokenizer {kind!r}. Give a file, a folder, gpt2 or chars.")
     return read_tokenizer(path)
+
+
+def _cuts(tokenizer: Tokenizer, source: Texts) -> Cuts:
+    where, reason = cuts(tokenizer)
+    if where is Cuts.NOWHERE and not source.lines and source.stored >= WORTHWHILE:
+        warnings.warn(
+            Notice(
+                f"with this tokenizer ({reason}) the tokens of a text depend on all of it: each text is read "
+                "whole, which takes more memory."
+            ),
+            stacklevel=2,
+        )
+    return where
 
 
 def _refuse_tokenizer(out: Path, name: str, tokenizer: Tokenizer, overwrite: bool) -> None:

@@ -7,13 +7,14 @@ import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tapeless.data.added import completed
 from tapeless.data.bpe import BPETokenizer, fetch_gpt2, read_pair
 from tapeless.data.shards import magic_number
 from tapeless.data.table import MAGIC, TableTokenizer, read_table
 from tapeless.errors import DataError, did_you_mean
+from tapeless.tokenizer import Tokenizer
 
 MADE = ("chars", "letters", "text")  # the kinds that are made of the data, and can be made again
 # In a folder, the first of these that is there is its tokenizer.
@@ -22,37 +23,8 @@ FILES = ("tokenizer.json", *(vocab for vocab, _ in PAIRS), "gpt2_tokenizer.bin")
 REMEDY = "put the model's tokenizer (tokenizer.json, or llm.c's gpt2_tokenizer.bin) beside it"
 
 
-class Tokenizer(Protocol):
-    """Text to tokens and back."""
-
-    @property
-    def bos(self) -> int | None:
-        """The token that stands between documents, if there is one: generating stops there."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V: ids are 0 … V−1."""
-
-    @property
-    def start(self) -> int:
-        """The token to generate from when there is no prompt."""
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, without BOS. Raises `DataError` for text that has none."""
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of any ids."""
-
-    def token_bytes(self) -> list[bytes]:
-        """The bytes of each token's text [V]."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `tokenizer_from_dict` makes the same tokenizer of."""
-
-
 @dataclass(frozen=True)
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One token a character.
 
     `bos` is the id of the begin-of-sequence token, or None; the characters take the other ids in

@@ -10,7 +10,7 @@ from typing import Any
 from tapeless.errors import ConfigError, argument, did_you_mean
 from tapeless.evaluate import evaluate
 from tapeless.export import budget, files, wasm
-from tapeless.export.firmware import Firmware, data_of, prepare
+from tapeless.export.firmware import Firmware, data_of, prepare, training_of
 from tapeless.export.int8 import Quantised, quantised
 from tapeless.export.program import context
 from tapeless.model import load
@@ -99,13 +99,15 @@ def _tell_cost(
 ) -> None:
     """Measure what int8 weights cost on `data`, or on what the model was trained on."""
     assert firmware.weights is not None
+    # The run's own data are read as they were when it was trained.
+    token_dtype = training_of(source).token_dtype if data is None else None
     data = data_of(source) if data is None else data
     say(f"Measuring the loss with int8 weights on {data}.")
     model = load(source, "reference", dtype="float32")
     losses = []
     for weights in (firmware.weights, small.rounded):
         model.engine.params[:] = weights
-        losses.append(evaluate(model, data).loss)
+        losses.append(evaluate(model, data, token_dtype=token_dtype).loss)
     say(
         f"int8 weights: {small.nbytes:,} bytes in place of {firmware.weights.nbytes:,}; "
         f"loss on {data} {losses[1]:.4f} in place of {losses[0]:.4f}"

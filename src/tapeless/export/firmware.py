@@ -183,6 +183,8 @@ def _record(preset: Preset) -> Trace:
 def _plan(source: str, data: str | Path | None, settings: dict[str, Any], seed: int | None) -> plan.Plan:
     """How a preset is trained, or a trained model further."""
     preset, pretrained = (source, None) if source in presets else (None, source)
+    if pretrained is not None:  # a chip does not validate
+        settings = {"val_fraction": 0.0} | settings
     return plan.fresh(data, None, preset, pretrained, settings, seed, "reference", "float32", None)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from tapeless import hub
+from tapeless.config import as_path
 from tapeless.data import shards
 from tapeless.data.tokenizers import find_tokenizer, is_padded, read_tokenizer
 from tapeless.errors import RunError
@@ -27,7 +28,7 @@ def open_model(source: str | Path) -> Checkpoint:
 
     Raises `RunError` where there is none, two, or a damaged one.
     """
-    path = Path(source)
+    path = as_path("the model", source)
     if path.is_dir():
         return _open_folder(path)
     if path.exists():

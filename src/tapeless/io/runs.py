@@ -350,6 +350,15 @@ def read_config(folder: Path) -> tuple[GPTConfig, dict[str, Any]]:
         raise RunError(f"{path} does not describe a model: {error}") from None
 
 
+def trained_positions(folder: Path, config: GPTConfig, about: Mapping[str, Any]) -> int | None:
+    """The length of the longest document or window that a run was trained on, by its config.json; None if it
+    does not say so."""
+    count = about.get("trained_positions")
+    if count is None or (type(count) is int and 1 <= count <= config.block_size):
+        return count
+    raise RunError(f"{folder / CONFIG} is damaged: trained_positions is {count!r}.")
+
+
 def tokens_of(config: GPTConfig, about: Mapping[str, Any]) -> int:
     """How many tokens the tokenizer must have: config.json says so where the vocabulary is padded."""
     tokens = about.get(TOKENS, config.vocab)
@@ -383,7 +392,16 @@ def open_model(folder: Path, place: Path) -> Checkpoint:
     parts = {name: [tensors[name]] for name in expected}
     tokenizer = read_tokenizer(place, tokens_of(config, about))
     ends = ends_of(place / CONFIG, about)
-    return Checkpoint(folder, "a run of tapeless", config, parts, folder, tokenizer, ends)
+    return Checkpoint(
+        folder,
+        "a run of tapeless",
+        config,
+        parts,
+        folder,
+        tokenizer,
+        ends,
+        trained_positions=trained_positions(place, config, about),
+    )
 
 
 def ends_of(path: Path, about: Mapping[str, Any]) -> Ends:

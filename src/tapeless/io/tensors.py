@@ -185,6 +185,7 @@ class Checkpoint:
     tokenizer: Tokenizer | None = None
     ends: Ends = field(default_factory=Ends)
     others: Mapping[str, Any] = field(default_factory=dict)
+    trained_positions: int | None = None  # as many of the block as a run was trained on; None: not known
 
     @property
     def dtypes(self) -> list[str]:
