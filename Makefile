@@ -1,6 +1,6 @@
 # make demo          install into .venv and train microgpt on the built-in names
 # make test          the tests, on a fresh machine too
-# make test-oracles  heavier proofs: every combination of choices; PyTorch and transformers
+# make test-oracles  heavier proofs: every combination of choices; PyTorch and transformers; new examples
 # make lint          ruff, formatting, type checks
 # make format        let ruff put the formatting right
 # make bench         how fast this machine is, and what share of its peak
@@ -25,7 +25,7 @@ test: $(VENV)/.tested
 	$(BIN)/pytest -n 2
 
 test-oracles: $(VENV)/.oracles
-	$(BIN)/pytest -n 2 -m oracle
+	$(BIN)/pytest -n 2 -m 'oracle or hypothesis' --hypothesis-profile=oracles
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

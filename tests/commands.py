@@ -81,6 +81,21 @@ def refused(*arguments: Any, cwd: Path, **options: Any) -> str:
     return errors[0]
 
 
+def without_privileges() -> None:
+    """Let root be bound by permissions as everybody is: to be called in a new process before its command."""
+    import ctypes
+
+    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+# For tests of permissions.
+bound_by_permissions = pytest.mark.skipif(
+    sys.platform != "linux" and (os.name == "nt" or os.geteuid() == 0), reason="may read and write everything"
+)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, hidden ones too."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

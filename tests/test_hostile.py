@@ -170,7 +170,7 @@ def test_resuming_takes_no_memory_on_a_configs_word(run, tmp_path):
     about["model"] |= {"n_layer": 20_000, "n_embd": 32, "n_hidden": 128}
     (copy / "config.json").write_text(json.dumps(about))
     arguments = ("train", "--resume", "--out", "run", "--steps", 9)
-    done = tapeless(*arguments, cwd=tmp_path, preexec_fn=limited(3000), timeout=30)
+    done = tapeless(*arguments, cwd=tmp_path, preexec_fn=limited(3000))
     assert done.returncode == 2, done.stderr
     assert "state.safetensors has" in done.stderr
 
@@ -284,10 +284,10 @@ def test_pipes_in_a_run_are_not_waited_for(name, tmp_path):
     path.unlink()
     os.mkfifo(path)
     if "/" in name:  # the one before is taken
-        assert tapeless("sample", "run", "-n", 1, cwd=tmp_path, timeout=60).returncode == 0
+        assert tapeless("sample", "run", "-n", 1, cwd=tmp_path).returncode == 0
     else:
         arguments = ("train", "--resume", "--out", "run", "--steps", 3, "--samples", 0)
-        done = tapeless(*arguments, cwd=tmp_path, timeout=60)
+        done = tapeless(*arguments, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         assert "no regular file" in done.stderr
 

@@ -336,7 +336,8 @@ def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path):
     whole = tl.train(engine="reference", dtype="float32", steps=60, samples=0, progress=False).losses
     folder = tmp_path / "run"
     code = KILLED
-    for point, times in (("tapeless.job:Job.advance", 3), ("os:replace", 12), ("os:link", 9), ("os:fsync", 20)):
+    points = {"tapeless.job:Job.advance": 3, "os:replace": 12, "os:link": 9, "os:fsync": 20}
+    for point, times in points.items():
         with pauses.start(at=[point], cwd=tmp_path, code=code) as process:
             process.reached(point.split(":")[1], times)
             process.kill()

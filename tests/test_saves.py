@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import warnings
 from contextlib import ExitStack
 
@@ -22,7 +21,15 @@ from safetensors.numpy import load_file
 
 import pauses
 import tapeless as tl
-from commands import SMALL, contents, refused, signals, succeeds
+from commands import (
+    SMALL,
+    bound_by_permissions,
+    contents,
+    refused,
+    signals,
+    succeeds,
+    without_privileges,
+)
 from tapeless.errors import Notice, RunError
 from tapeless.io import folders, lock
 from test_runs import interrupt, killed_at_last, losses
@@ -368,15 +375,7 @@ def test_a_disk_that_returns_something_else(run, monkeypatch):
     assert contents(run) == before
 
 
-def without_privileges():
-    """Let root be bound by permissions as everybody is."""
-    import ctypes
-
-    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
-    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="drops a capability")
+@bound_by_permissions
 def test_a_folder_that_may_not_be_written(run):
     before = contents(run)
     folders = [run, run / "checkpoints"]
@@ -539,9 +538,7 @@ def test_who_reads_sees_a_checkpoint_whole(waits, tmp_path, monkeypatch):
     assert len(seen) > 3
     save_always(monkeypatch)
     with pytest.raises(tl.Interrupted):
-        tl.train(
-            out=tmp_path / "again", engine="reference", steps=10**6, keep=10**6, progress=StopAt(last)
-        )
+        tl.train(out=tmp_path / "again", engine="reference", steps=10**6, keep=10**6, progress=StopAt(last))
     known = [tl.load(place, "reference").engine.params for place in checkpoints(tmp_path / "again")]
     assert seen <= {params.tobytes() for params in known}
 
