@@ -15,6 +15,9 @@ from originals import original
 
 ROOT = Path(__file__).parents[1]
 
+# With this, each of a thousand commands would compile the package's source again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # `make test` draws the same examples on every machine, so that a failure anywhere can be repeated everywhere.
 # `make test-oracles` draws new ones each time. What fails there is kept in the folder .hypothesis and tried
 # first the next time; a CI job has to keep that folder. Hypothesis also prints a line for @reproduce_failure:

@@ -87,8 +87,8 @@ def plant(monkeypatch, op, output, mistake):
 
 
 def test_every_output_of_every_backward_op_is_planted():
-    """Outputs are the `d…` arguments before the last, which is what comes from behind. Two ops differ: the loss
-    begins the backward pass, and RMSNorm has no bias."""
+    """Outputs are the `d…` arguments before the last one, which is the gradient that comes in. Two ops
+    differ: the loss has none coming in, and RMSNorm has no bias."""
     outputs = set()
     for op, function in vars(reference).items():
         if op.endswith("_backward"):

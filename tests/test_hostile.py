@@ -52,10 +52,8 @@ def test_what_was_a_fault_once(path, folder):
 
 
 def few(examples):
-    return settings(
-        max_examples=examples, deadline=None, derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
-    )  # fmt: skip
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=examples, suppress_health_check=checks)
 
 
 def changed(name, folder, data, many):

@@ -54,7 +54,7 @@ def test_training_in_bfloat16_keeps_weights_in_float32(names):
 
 
 @pytest.mark.parametrize("prompt", [[3], [3, 1, 4, 1, 5]], ids=len)
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.oracle), 3])
 @pytest.mark.parametrize("config", [LARGE, UNTIED], ids=["tied", "untied"])
 def test_generating_reads_the_weights_it_should(config, threads, prompt):
     """Logits of each new token: the reference's, with weights in float32 or rounded to bfloat16."""
