@@ -40,8 +40,8 @@ COMBINATIONS = list(itertools.product(*CHOICES.values()))
 
 
 def covering(count: int) -> list[Any]:
-    """All combinations, as parameters, of which `make test` takes a few: every choice occurs in them (count 1),
-    or every pair of choices (count 2). They are found greedily."""
+    """All combinations, as parameters, of which `make test` takes a few: every choice occurs in them
+    (count 1), or every pair of choices (count 2). They are found greedily."""
 
     def groups(combination):
         return set(itertools.combinations(enumerate(combination), count))

@@ -19,9 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LIBRARIES = (
-    "dataclasses", "glob", "hashlib", "importlib.metadata", "llvmlite.binding", "ml_dtypes", "multiprocessing",
-    "numpy", "numpy.random", "queue", "rich.console", "rich.progress", "rich.table", "shlex", "sysconfig",
-    "tempfile", "tomllib", "typer", "typer.rich_utils",
+    "dataclasses", "glob", "hashlib", "importlib.metadata", "llvmlite.binding", "ml_dtypes", "numpy",
+    "numpy.random", "queue", "rich.console", "rich.progress", "rich.table", "shlex", "tempfile", "tomllib",
 )  # fmt: skip
 
 
@@ -100,9 +99,19 @@ def serve(connection: socket.socket) -> list[str]:
         connection.sendall(code.to_bytes(8, "little", signed=True))
 
 
-if __name__ == "__main__":
+def prepare() -> None:
+    """Import the libraries; Typer imports some of what it needs when it runs a command."""
     for name in LIBRARIES:
         __import__(name)
+    import typer
+
+    app = typer.Typer()
+    app.command()(lambda: None)
+    typer.main.get_command(app).main([], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    prepare()
     sys.argv[1:] = serve(socket.socket(fileno=int(sys.argv[1])))
     sys.path[0] = os.getcwd()  # as `-m` has it
     runpy.run_module("tapeless", run_name="__main__", alter_sys=True)
