@@ -7,14 +7,21 @@
 # make fuzz          20,000 inputs for each reader of files, found by what code they reach
 # make packages      Debian's compilers, emulated chips and browser for testing exported programs (as root)
 
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+PROGRAMS := Scripts
+EXE := .exe
+else
 PYTHON ?= python3
+PROGRAMS := bin
+endif
 PACKAGES := gcc g++ clang libclang-rt-14-dev \
 	gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf qemu-system-misc \
 	gcc-arm-none-eabi picolibc-arm-none-eabi qemu-system-arm \
 	gcc-xtensa-lx106 picolibc-xtensa-lx106-elf \
 	lld wasi-libc libclang-rt-14-dev-wasm32 chromium
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(PROGRAMS)
 
 .PHONY: demo test test-oracles lint format bench fuzz packages clean
 
@@ -54,11 +61,11 @@ packages:
 clean:
 	rm -rf $(VENV) build dist
 
-$(BIN)/python:
+$(BIN)/python$(EXE):
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'tapeless needs Python 3.11 or newer')"
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml | $(BIN)/python$(EXE)
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 

@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -136,7 +137,7 @@ def _changed(
 def run_config(data: bytes, folder: Path) -> None:
     def read(run: Path) -> None:
         _read_model(run)
-        plan.resumed(run, run, None, None, None, {}, None, None, None, None)
+        plan.resumed(run, run, None, None, None, None, {}, None, None, None, None)
 
     _changed(folder, "config.json", data, read)
 
@@ -169,7 +170,7 @@ def _state_size(folder: Path, preset: str) -> int:
 @cache
 def _job(run: Path) -> Any:
     """The run as it is resumed, before its state is read."""
-    what = plan.resumed(run, run, None, None, None, {"steps": 9}, None, None, None, None)
+    what = plan.resumed(run, run, None, None, None, None, {"steps": 9}, None, None, None, None)
     return plan.prepare(what._replace(saved=None), Lock(run))
 
 
@@ -223,6 +224,15 @@ def huggingface_config(data: bytes, folder: Path) -> None:
         shutil.copytree(GOLDEN / "huggingface", model)
     (model / "config.json").write_bytes(data)
     _read_model(model)
+
+
+@target(lambda folder: [b'{"bos_token_id": 10, "eos_token_id": [10, 3], "temperature": 0.5}'], "json")
+def generation_config(data: bytes, folder: Path) -> None:
+    model = folder / "hf3"
+    if not model.exists():
+        shutil.copytree(GOLDEN / "huggingface", model)
+    (model / "generation_config.json").write_bytes(data)
+    open_model(model).ends.within(11).to_dict()
 
 
 @target(golden("huggingface/model.safetensors", "huggingface_bf16/model.safetensors"), "safetensors")
@@ -307,6 +317,38 @@ def vocab_and_merges(data: bytes, folder: Path) -> None:
     _use(folder / "vocab.json")
 
 
+def _added(folder: Path) -> list[bytes]:
+    flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False, "special": True}
+    listed = {"4": {"content": "<a>"} | flags, "5": {"content": "<b>"} | flags}
+    older = {
+        "added_tokens.json": {"<a>": 4, "<b>": 5},
+        "special_tokens_map.json": {"pad_token": "<a>", "eos_token": {"content": "<b>"} | flags},
+        "tokenizer_config.json": {"add_prefix_space": True, "additional_special_tokens": ["<c>"]},
+    }
+    newer = {"added_tokens_decoder": listed, "bos_token": "ab", "extra_special_tokens": {"i": "<i>"}}
+    return [json.dumps(each).encode() for each in (older, {"tokenizer_config.json": newer})]
+
+
+@target(_added, "json")
+def added_tokens(data: bytes, folder: Path) -> None:
+    """What lies beside vocab.json and merges.txt: files by name in a JSON object, or one that is not JSON."""
+    here = folder / "added"
+    here.mkdir(exist_ok=True)
+    (here / "vocab.json").write_bytes(b'{"a": 0, "b": 1, "\xc4\xa0": 2, "ab": 3}')
+    (here / "merges.txt").write_bytes(b"#version: 0.2\na b\n")
+    names = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = {names[len(data) % 3]: None}
+    for name in names:
+        (here / name).unlink(missing_ok=True)
+        if isinstance(content, dict) and name in content:
+            value = content[name]
+            (here / name).write_bytes(data if value is None else json.dumps(value).encode())
+    _use(here / "vocab.json")
+
+
 @target(
     lambda folder: [
         b"seed = 1\nn_embd = 32\n[training]\nlr = 0.1\norder = 'draw'\n[model]\nnorm = 'rms'\n",
@@ -352,7 +394,7 @@ def _nodes(value: Any, out: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 def _change_json(content: Any, chance: random.Random) -> Any:
     nodes = _nodes(content, [])
     if not nodes or chance.random() < 0.02:
-        return chance.choice(VALUES)
+        return deepcopy(chance.choice(VALUES))
     holder, key = chance.choice(nodes)
     what = chance.random()
     if what < 0.15:
@@ -365,7 +407,7 @@ def _change_json(content: Any, chance: random.Random) -> Any:
     elif what < 0.5 and isinstance(holder[key], int):
         holder[key] += chance.choice([-1, 1, 4, 1 << chance.randrange(64)])
     else:
-        holder[key] = chance.choice(VALUES)
+        holder[key] = deepcopy(chance.choice(VALUES))  # what is changed next may be within it
     return content
 
 

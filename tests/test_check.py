@@ -8,12 +8,16 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tapeless as tl
+from commands import on_a_terminal
 from tapeless.__main__ import run
-from tapeless.gradcheck import example
+from tapeless.gradcheck import TOLERANCE, _sample, example, smaller
 from tapeless.layout import memory
 from tapeless.ops import reference
+from tapeless.progress import Counting
 
 SMALL = [f"--set={s}" for s in ("vocab_size=6", "block_size=5", "n_embd=4", "n_head=2", "n_hidden=5")]
 LAYERED = [
@@ -59,7 +63,26 @@ OUTPUTS = {
     ("mhc_contract_backward", "dcontract"): (MHC, ["contract"]),
     ("cross_entropy_backward", "dlogits"): ([], ["head"]),
 }
+
+
+def in_one(place):
+    """A mistake in a single row, or a single entry: of those that are not zero the middle one by size."""
+
+    def mistake(d):
+        wrong = d.copy()
+        rows = wrong.reshape(-1, max(1, wrong.shape[-1]) if place == "row" else 1)
+        sizes = np.abs(rows).sum(-1)
+        order = np.argsort(sizes)
+        if nonzero := np.count_nonzero(sizes):
+            rows[order[-1 - (nonzero - 1) // 2]] *= 1.5
+        return wrong
+
+    return mistake
+
+
 MISTAKES = {
+    "one row": in_one("row"),
+    "one entry": in_one("entry"),
     "sign": lambda d: -d,
     "missing terms": lambda d: d * (np.arange(d.size) % 2 == 0).reshape(d.shape),
     "wrong index": lambda d: np.roll(d, 1, axis=-1),
@@ -170,7 +193,97 @@ def test_certificates(tmp_path, capsys):
 def test_large_tensors_are_sampled(capsys):
     options = ["--set=n_layer=1", "--set=vocab_size=300", "--set=block_size=8", "--entries=3"]
     assert run(["check", "gpt2", *options, "--set=n_embd=96", "--engine=reference"]) == 0
-    assert "3 of 28,800" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3 of 28,800" in out
+    assert "4 directional derivatives" in out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_wrong_entry_of_a_large_tensor_is_found_along_directions(seed, monkeypatch):
+    """Of 8,192 entries one is wrong by 10⁻⁵ of the norm. One entry of each tensor is checked by itself."""
+    config = tl.GPTConfig(vocab_size=5, block_size=4, n_head=2, n_embd=32, n_hidden=256, activation="gelu")
+    model, *batch = example(config, "reference", seed)
+    at = np.random.default_rng(seed).integers(32 * 256)
+    right = reference.linear_backward
+
+    def wrong(dx, dw, *rest):
+        before = dw.copy()
+        right(dx, dw, *rest)
+        if dw.shape == (32, 256):
+            dw.flat[at] += 1e-5 * np.linalg.norm(dw - before)
+
+    assert tl.gradcheck(model, *batch, entries=1, seed=seed).ok
+    monkeypatch.setattr(reference, "linear_backward", wrong)
+    model, *batch = example(config, "reference", seed)
+    result = tl.gradcheck(model, *batch, entries=1, seed=seed)
+    assert result.failed == ["w1"]
+    (row,) = (row for row in result.rows if row.name == "w1")
+    assert row.worst <= TOLERANCE or row.checked == row.size  # by itself the entry was not among those
+    assert row.directional > 1e-7
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
+    entries=st.integers(1, 200),
+    seed=st.integers(0, 9),
+)
+def test_a_sample_visits_all_rows_and_columns_it_can(shape, entries, seed):
+    chosen = _sample(shape, entries, np.random.default_rng(seed))
+    size, columns = int(np.prod(shape)), shape[-1]
+    assert len(set(chosen.tolist())) == len(chosen) == min(entries, size)
+    assert 0 <= chosen.min() <= chosen.max() < size
+    assert len(set((chosen // columns).tolist())) == min(entries, size // columns)
+    assert len(set((chosen % columns).tolist())) == min(entries, columns)
+
+
+def test_what_is_checked_by_default(capsys):
+    """All entries of tensors of up to 1,024; `--all` takes all of any."""
+    config = tl.GPTConfig(vocab_size=3, block_size=4, n_head=1, n_embd=8, n_hidden=129, activation="gelu")
+    model, *batch = example(config, "reference")
+    rows = {row.name: row for row in tl.gradcheck(model, *batch).rows}
+    assert (rows["w1"].size, rows["w1"].checked) == (1032, 128)
+    assert all(
+        row.checked == row.size and row.directional is None for row in rows.values() if row.size < 1025
+    )
+    seen = []
+    result = tl.gradcheck(model, *batch, entries="all", progress=lambda *of: seen.append(of))
+    assert all(row.checked == row.size for row in result.rows)
+    total = model.n_params
+    assert seen == [(i + 1, total) for i in range(total)]
+    with pytest.raises(tl.TapelessError, match="'all'"):
+        tl.gradcheck(model, *batch, entries="every")
+    with pytest.raises(tl.TapelessError, match="entries must be a whole number"):
+        tl.gradcheck(model, *batch, entries=0)
+    assert run(["check", *SMALL, "--all", "--entries=3"]) == 2
+    assert "leave --entries out" in capsys.readouterr().err
+    assert run(["check", *SMALL, "--all", "--engine=reference"]) == 0
+    assert " of " not in capsys.readouterr().out
+
+
+def test_large_presets_are_checked_in_smaller_sizes(capsys):
+    for name, preset in tl.presets.items():
+        config = preset.model.replace(vocab_size=preset.model.vocab_size or 27)
+        checked = smaller(config)
+        assert tl.GPT(checked, None, "reference").n_params <= 250_000
+        sizes = {"n_layer", "n_head", "n_embd", "n_hidden", "block_size", "vocab_size"}
+        changed = {k for k, v in checked.to_dict().items() if v != getattr(config, k)}
+        assert changed <= sizes, name
+        assert not (changed and name in ("microgpt", "transformerlm"))
+    options = ["--engine=reference", "--entries=1", "--set=n_layer=1", "--set=n_head=2"]
+    assert run(["check", "gpt2-xl", *options]) == 0
+    told = capsys.readouterr()
+    assert "smaller sizes: vocab_size=64, block_size=32, n_embd=32, n_hidden=128." in told.err
+    assert "1 of 2,048" in told.out
+
+
+def test_a_long_check_tells_how_far_it_is(tmp_path):
+    """Elsewhere than on a terminal in plain lines, once a second; on one by a bar."""
+    told = Counting("checks")
+    with told:
+        told._said = -1e9  # as if a second had passed
+        told(5, 10)
+    result = on_a_terminal("check", "microgpt", *SMALL, "--engine=reference", "--all", cwd=tmp_path)
+    assert re.search(r"\d+/\d+ checks", result)
 
 
 def test_budget(capsys):

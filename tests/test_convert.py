@@ -336,7 +336,11 @@ BAD = {
     "another activation": (config(activation_function="gelu"), "activation_function is 'gelu'; only GPT-2's"),
     "another scale": (config(scale_attn_weights=False), "scale_attn_weights is False"),
     "a scale by layer": (config(scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx is True"),
-    "a head of its own": (config(tie_word_embeddings=False), "tie_word_embeddings is False"),
+    "no head of its own": (
+        config(tie_word_embeddings=False),
+        "has no tensor 'lm_head.weight': its files do not match config.json, which says "
+        "tie_word_embeddings false",
+    ),
     "a width that is text": (config(n_embd="8"), "n_embd must be a whole number"),
     "another width": (config(n_embd=16), "wte.weight is [11, 8], but config.json says [11, 16]"),
     "a layer missing": (config(n_layer=3), "has no tensor 'h.2.ln_1.weight'"),
@@ -463,7 +467,9 @@ def test_a_hub_without_it(error, words, tmp_path):
 
 def test_no_hub_package(tmp_path):
     env = with_hub(tmp_path, content="raise ImportError")
-    assert "pip install 'tapeless[hub]'" in refused("convert", "gpt2", "out.bin", cwd=tmp_path, env=env)
+    assert "pip install huggingface_hub tokenizers (the extra 'hub')" in refused(
+        "convert", "gpt2", "out.bin", cwd=tmp_path, env=env
+    )
 
 
 def test_the_real_hub_package_without_network(tmp_path):

@@ -109,10 +109,6 @@ def test_the_budget_is_all_that_training_allocates(
     assert allocated == planned
 
 
-def test_free_memory_is_what_the_system_says():
-    assert 1e8 < memory.free_memory() < 1e15
-
-
 def test_a_run_is_refused_before_it_starts(tmp_path):
     message = refused("train", "--batch-size", 10**9, "--out", "run", cwd=tmp_path)
     assert "GB are free" in message

@@ -353,7 +353,11 @@ def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path):
 
 
 def test_a_complete_run_says_so(run):
-    assert "complete: 20 steps of 20" in refused("train", "--resume", "--out", "run", cwd=run.parent)
+    before = contents(run)
+    told = succeeds("train", "--resume", "--out", "run", cwd=run.parent)
+    assert told.stdout == ""
+    assert "run is complete: 20 steps of 20. Give more --steps to go on.\n" in told.stderr
+    assert contents(run) == before
     succeeds("train", "--resume", "--out", "run", "--steps", "25", cwd=run.parent)
     assert len(metrics(run)) == 25
 

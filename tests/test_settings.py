@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import tapeless as tl
 from commands import refused, succeeds
+from tapeless.config import GPTConfig
 from tapeless.errors import ConfigError
-from tapeless.settings import Training, read_toml
+from tapeless.presets import changed_by
+from tapeless.settings import Training, describe, names, parse_setting, read_toml
 
 QUICK = ("--engine", "reference", "--samples", "0", "--out", "run")
 
@@ -165,3 +171,82 @@ def test_a_step_in_several_batches_is_whole():
         t = Training(order="windows", batch_size=4, total_batch_tokens=tokens)
         with pytest.raises(ConfigError, match=rf"multiple of .* 4 × 64 = 256 tokens, not {tokens}"):
             t.batches(64)
+
+
+# ---------------------------------------------------------------- what is told about them
+
+
+def test_every_setting_is_described():
+    for name in names():
+        one = describe(name)
+        assert re.fullmatch(r"[A-Za-z].*\.", one.about), name
+        where = GPTConfig if one.table == "model" else Training
+        assert one.about.split()[0] in where.__doc__
+        assert f"    {name} (" in where.__doc__
+        if one.default != "from the data":  # and its default is one of its values, as they are written
+            assert parse_setting(name, one.default) == getattr(where, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "activation",
+            ["values +relu, gelu", "default +relu", "gelu: transformerlm, shakespeare-char, gpt2"],
+        ),
+        ("lr", ["values +above 0", "default +0.01", "0.003: transformerlm", r"table +\[training\]"]),
+        ("n_embd", ["type +int", "values +at least 1", "64: transformerlm", r"table +\[model\]"]),
+        ("val_fraction", ["at least 0, below 1", "0.1: shakespeare-char"]),
+        ("tied", ["values +true, false", "default +false"]),
+    ],
+)
+def test_one_setting(name, lines, tmp_path):
+    out = succeeds("settings", name, cwd=tmp_path).stdout
+    assert out.startswith(f"{name}: ")
+    for line in lines:
+        assert re.search(line, out), out
+
+
+def test_the_list_of_settings(tmp_path):
+    out = succeeds("settings", cwd=tmp_path).stdout
+    assert max(map(len, out.splitlines())) <= 80
+    listed = re.findall(r"^ (\w+)  ", out, re.MULTILINE)
+    assert [name for name in listed if name in names()] == names()
+    assert "Did you mean 'optimiser'?" in refused("settings", "optimizer", cwd=tmp_path)
+
+
+def test_presets_that_change_a_setting():
+    """As the presets themselves have it; what only follows from another setting is not counted."""
+    assert changed_by("n_layer") == {
+        "2": ["transformerlm"], "4": ["shakespeare-char"], "12": ["gpt2"], "24": ["gpt2-medium"],
+        "36": ["gpt2-large"], "48": ["gpt2-xl"],
+    }  # fmt: skip
+    assert changed_by("n_hidden") == changed_by("n_streams") == changed_by("spike") == {}
+
+
+def test_a_wrong_word_is_told_the_right_ones():
+    for where in (GPTConfig, Training):
+        words = {name: describe(name).values.split(", ") for name in names() if hasattr(where, name)}
+        for name, values in words.items():
+            if describe(name).type == "str":
+                assert len(values) > 1
+                with pytest.raises(ConfigError) as caught:
+                    where(**{name: "nonsense"})
+                assert f"{name} cannot be 'nonsense'. Expected one of: {', '.join(values)}." == str(
+                    caught.value
+                )
+
+
+def test_no_guess_misleads(tmp_path):
+    """ "swiglu" is no slip of the fingers for "gelu"."""
+    error = refused("train", "--set", "activation=swiglu", cwd=tmp_path)
+    assert error == "error: activation cannot be 'swiglu'. Expected one of: relu, gelu."
+    assert "Did you mean 'gelu'? Expected one of: relu, gelu." in refused(
+        "train", "--set", "activation=gelU", cwd=tmp_path
+    )
+
+
+def test_the_page_on_settings_is_of_this_code():
+    script = Path(__file__).parents[1] / "docs" / "settings.py"
+    checked = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from shard_files import read_shard, write_shard
 from tapeless.data.files import find_tokens, is_tokens
 from tapeless.data.shards import Shards, ShardWriter
-from tapeless.errors import DataError
+from tapeless.errors import DataError, Notice
 
 KINDS = ("uint16", "uint32", "int32")
 
@@ -45,6 +47,79 @@ def test_llmc_shards_of_uint32_have_version_7_and_1_is_read_too(tmp_path):
         file.seek(4)
         file.write(struct.pack("<i", 1))
     assert everything(Shards([path], 10)) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i4", "<i8", "<u8", ">u2", ">i8", "u1", "i2"])
+def test_arrays_that_numpy_saved(dtype, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 120, 500)
+    np.save(tmp_path / "a.npy", tokens.astype(dtype))
+    assert is_tokens(tmp_path / "a.npy")
+    assert everything(Shards([tmp_path / "a.npy"], 120)) == [tokens.tolist()]
+
+
+def headerless(path, dtype, vocab_size, count=2000, seed=0):
+    """Ids that NumPy wrote by `tofile`, among them the largest."""
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, count)
+    tokens[-1] = vocab_size - 1
+    tokens.astype(dtype).tofile(path)
+    return tokens
+
+
+@pytest.mark.parametrize("vocab_size", [65, 50257])
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "uint32", "int64", "uint64"])
+def test_without_a_header_the_content_tells(dtype, vocab_size, tmp_path):
+    tokens = headerless(tmp_path / "train.bin", dtype, vocab_size)
+    read_as = {"uint32": "int32", "uint64": "int64"}.get(dtype, dtype)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        shards = Shards([tmp_path / "train.bin"], vocab_size)
+    assert everything(shards) == [tokens.tolist()]
+    assert [str(note.message) for note in said] == [
+        f"{tmp_path}/train.bin without a header: read as {read_as}. If it is something else, give --token-dtype."
+    ] * (read_as != "int32")
+
+
+@given(
+    st.sampled_from(["uint16", "uint32", "int32", "int64"]),
+    st.integers(2, 200_000),
+    st.integers(1, 400),
+    st.integers(0, 9),
+)
+def test_without_a_header_nothing_is_misread(tmp_path_factory, dtype, vocab_size, count, seed):
+    """Read as what it is, or refused with a line that names the option; with that, read."""
+    path = tmp_path_factory.mktemp("headerless") / "train.bin"
+    tokens = headerless(path, dtype, min(vocab_size, 2**16) if dtype == "uint16" else vocab_size, count, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        try:
+            assert everything(Shards([path], vocab_size)) == [tokens.tolist()]
+        except DataError as error:
+            assert "--token-dtype" in str(error)  # noqa: PT017
+        assert everything(Shards([path], vocab_size, dtype)) == [tokens.tolist()]
+
+
+def test_a_given_token_dtype_is_held_to_the_file(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(13))
+    with pytest.raises(DataError, match="13 bytes, not a multiple of 4: its tokens are not uint32"):
+        Shards([path], 10, "uint32")
+    np.array([1, 2, 70, 3], "<u2").tofile(path)
+    with pytest.raises(DataError, match="read as uint16 has 70 at position 2; expected ids below 10"):
+        Shards([path], 10, "uint16")
+    write_shard(path, [1, 2, 3], "uint32")
+    assert everything(Shards([path], 10, "uint32")) == [[1, 2, 3]]
+    with pytest.raises(DataError, match="the header of .* says that its tokens are uint32, not int64"):
+        Shards([path], 10, "int64")
+
+
+@pytest.mark.parametrize("bad", [2**32 + 5, -(2**32) + 5, -1, 2**62])
+def test_ids_of_64_bits_are_not_cut(bad, tmp_path):
+    """Cut to 32 bits, some would be valid ones."""
+    tokens = np.ones(100_000, np.int64)
+    tokens[90_000] = bad
+    np.save(tmp_path / "a.npy", tokens)
+    with pytest.raises(DataError, match=f"has the token {bad} at position 90,000"):
+        Shards([tmp_path / "a.npy"], 10).take(np.array([[80_000, 15_000]]))
 
 
 @pytest.mark.parametrize(("vocab_size", "kind"), [(65536, "uint16"), (65537, "uint32")])
@@ -151,6 +226,13 @@ def test_a_large_file_takes_no_memory(child, tmp_path):
 
 # ---------------------------------------------------------------- what is no token file
 
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 GOOD = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + struct.pack("<3H", 1, 2, 3)
 
 
@@ -167,17 +249,39 @@ GOOD = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + struct.pack("<3H", 1, 
         (GOOD[:8] + struct.pack("<i", 0) + GOOD[12:1024], ["no tokens"]),
         (GOOD[:8] + struct.pack("<i", -5) + GOOD[12:], ["no tokens", "-5"]),
         (GOOD[:8] + struct.pack("<i", 2**31 - 1) + GOOD[12:], ["truncated", "2,147,483,647"]),
-        (struct.pack("<i", 20240521) + GOOD[4:], ["begins with 20240521", "20240520 or 20240801"]),
+        (
+            struct.pack("<i", 20240521) + GOOD[4:],
+            ["no header of llm.c or NumPy", "55433 at position 0 as uint16", "expected ids below 50,257"],
+        ),
         (struct.pack("<i", 20240326) + GOOD[4:], ["an llm.c model", "expected token ids"]),
         (struct.pack("<i", 20240327) + GOOD[4:], ["debug state"]),
         (struct.pack("<i", 20240328) + GOOD[4:], ["tokenizer"]),
-        (b"", ["is empty", "20240520"]),
-        (b"\1\0\0", ["3 bytes", "no multiple of 4"]),
-        (struct.pack("<3i", 1, 2, 3) + b"\0", ["13 bytes", "no multiple of 4"]),
-        (struct.pack("<4i", 1, 2, 50257, 3), ["50257 as its int32 number 2", "below 50,257"]),
-        (struct.pack("<4i", 1, 2, -1, 3), ["-1 as its int32 number 2"]),
-        (struct.pack("<6H", 1, 2, 3, 4, 5, 6), ["begins with 131073", "int32"]),
-        (b"It is a text, this file. " * 9, ["begins with", "expected a header"]),
+        (b"", ["is empty"]),
+        (b"\1\0\0", ["3 bytes are no whole number of tokens"]),
+        (struct.pack("<3i", 1, 2, 3) + b"\0", ["13 bytes are no whole number of tokens"]),
+        (struct.pack("<4i", 1, 2, 50257, 3), ["50257 at position 2 as int32", "expected ids below 50,257"]),
+        (struct.pack("<4i", 1, 2, -1, 3), ["-1 at position 2 as int32", "65535 at position 4 as uint16"]),
+        (np.array([1, 2, -1, 3]).tobytes(), ["-1 at position 2 as int64"]),
+        (np.linspace(-1, 1, 90).astype("f4").tobytes(), ["as uint16", "as int32", "as int64"]),
+        (np.arange(90).astype("<u2").tobytes()[:-1], ["179 bytes are no whole number of tokens"]),
+        # Too little to be sure of it.
+        (struct.pack("<6H", 1, 2, 3, 4, 5, 6), ["probably uint16, as nanoGPT's are", "--token-dtype uint16"]),
+        (struct.pack("<4q", 1, 2, 3, 4), ["int64 or int32", "--token-dtype int64"]),
+        (bytes(800), ["int64 or int32"]),
+        (np.array([7, 0] * 500, "<i4").tobytes(), ["int64 or int32"]),
+        (b"It is a text, this file. " * 9, ["looks like text", "tapeless tokenize"]),
+        (b'{"a": ["' + "é".encode() * 2**18 + b'"]}', ["looks like text"]),
+        (npy(np.arange(6).reshape(2, 3)), ["an array of int64 of shape [2, 3]", "one dimension"]),
+        (npy(np.array([1.0, 2.0])), ["an array of float64 of shape [2]"]),
+        (npy(np.array([True, False])), ["an array of bool"]),
+        (npy(np.array(["a", "b"])), ["an array of <U1"]),
+        (npy(np.array([], np.int32)), ["no tokens", "counts 0"]),
+        (npy(np.arange(9, dtype="u2"))[:-1], ["truncated", "145 bytes", "9 tokens", "146"]),
+        (npy(np.arange(9, dtype="u2")) + b"\0", ["too long", "147 bytes"]),
+        (npy(np.arange(9)).replace(b"'descr'", b"'other'"), ["damaged", ".npy"]),
+        (b"\x93NUMPY\1\0\xff\xff" + b"(" * 65535, ["damaged", ".npy"]),
+        (b"\x93NUMPY\7\0" + bytes(99), ["version 7.0 of NumPy's format"]),
+        (b"PK\3\4" + bytes(99), ["a zip archive, such as .npz", "np.save"]),
     ],
 )
 def test_what_is_no_shard(content, words, tmp_path):
@@ -325,6 +429,70 @@ def test_what_cannot_be_found(tree, source, words):
         find_tokens(source)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "name", "train", "val"),
+    [
+        ("fineweb-train-1.bin fineweb-val-0.bin", "fineweb", "fineweb-train-1.bin", "fineweb-val-0.bin"),
+        (
+            "edufineweb_train_000001.npy edufineweb_train_000002.npy edufineweb_val_000000.npy",
+            "edufineweb", "edufineweb_train_000001.npy edufineweb_train_000002.npy", "edufineweb_val_000000.npy",
+        ),
+        (
+            "train-00000-of-00002.bin train-00001-of-00002.bin validation-00000-of-00001.bin",
+            "new", "train-00000-of-00002.bin train-00001-of-00002.bin", "validation-00000-of-00001.bin",
+        ),
+        ("tiny.train.bin tiny.valid.bin", "tiny", "tiny.train.bin", "tiny.valid.bin"),
+        ("train.npy val.npy test.npy", "new", "train.npy", "val.npy"),
+        (
+            "training_shard_0.npy training_shard_1.npy validation_shard_0.npy",
+            "new", "training_shard_0.npy training_shard_1.npy", "validation_shard_0.npy",
+        ),
+        ("1.bin 2.bin my-val.bin valley.bin", "new", "1.bin 2.bin valley.bin", "my-val.bin"),
+        ("test.bin", "new", "test.bin", ""),
+    ],
+)  # fmt: skip
+def test_the_names_of_other_programs(names, name, train, val, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("new").mkdir()
+    for each in names.split():
+        write_shard(Path("new") / each, [1, 2, 3])
+    expected = [" ".join(f"new/{each}" for each in some.split()) for some in (train, val)]
+    assert found("new") == (name, *expected)
+    if "test.npy" in names:
+        with pytest.raises(DataError, match=r"new/test\.npy: the name says that this is not to train on"):
+            found("new/*")
+    else:
+        assert list(found("new/*")[1:]) == expected
+    first = train.split()[0]
+    if "_train" in first or "-train" in first or first.startswith("train."):
+        assert found(f"new/{first}")[2] == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            "1.bin 2.bin test_1.bin",
+            ["new/test_1.bin: the name says that this is not to train on", "by a glob"],
+        ),
+        ("x_train.bin x-train.bin", ["or twice", "new/x-train.bin, new/x_train.bin"]),
+        ("x_train_1.bin x_train_1.npy", ["or twice"]),
+        ("trainid.bin validation_0.bin", None),
+    ],
+)
+def test_names_that_do_not_settle_what_to_train_on(names, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("new").mkdir()
+    for each in names.split():
+        write_shard(Path("new") / each, [1, 2, 3])
+    if words is None:
+        assert found("new") == ("new", "new/trainid.bin", "new/validation_0.bin")
+        return
+    with pytest.raises(DataError) as error:
+        find_tokens("new")
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_several_sets_in_one_folder_are_chosen_by_name(tree):

@@ -84,17 +84,6 @@ def test_the_number_of_threads(monkeypatch):
     assert team.decoding_team(MICROGPT, 3) == 3
 
 
-@pytest.mark.parametrize("name", ["NUMBA_NUM_THREADS", "OMP_NUM_THREADS"])
-def test_the_environment_limits_the_processors(monkeypatch, name):
-    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
-    assert team.processors() == 6
-    for value, expected in (("3", 3), ("64", 6), ("0", 6), ("many", 6), ("", 6), (" 2 ", 2)):
-        monkeypatch.setenv(name, value)
-        assert team.processors() == expected
-
-
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", True, 10**9])
 def test_wrong_numbers_of_threads_are_refused(wrong):
     for make in (
@@ -228,7 +217,7 @@ def test_threads_generate_the_same_together(config):
         engine = tl.GPT(config, None, threads=threads).engine
         engine.params[:] = random_model(config, "reference").engine.params
         uniforms = np.random.default_rng(0).random(400)
-        rows, used = engine.generate([1, 2], 10, 40, uniforms, stop=0, top_k=7)
+        rows, used = engine.generate([1, 2], 10, 40, uniforms, eos=[0], top_k=7)
         texts.append(([row.tolist() for row in rows], used))
     assert texts[0] == texts[1] == texts[2]
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
+
+from tapeless import streams
+from tapeless.signals import STOPPING, handled
+
+CLOSED = 128 + 13  # nobody reads the output any more: what a shell reports of a process ended by SIGPIPE
 
 
 def main() -> NoReturn:
@@ -15,15 +20,18 @@ def main() -> NoReturn:
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure:  # a text that the terminal cannot show is no reason to stop
             reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = streams.Output(sys.stdout), streams.Display(sys.stderr)  # type: ignore[assignment]
     with warnings.catch_warnings():
         warnings.showwarning = _tell
         code = run(sys.argv[1:])
     try:
-        sys.stdout.flush()
+        streams.settle(sys.stdout)
+    except streams.OutputClosed:
+        code = code or CLOSED
     except OSError as error:
-        # What is buffered cannot be written; without this, Python would try again on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or _failed(error)
+    with suppress(*streams.FAILURES):
+        streams.settle(sys.__stderr__)
     sys.exit(code)
 
 
@@ -32,13 +40,17 @@ def run(arguments: Sequence[str]) -> int:
     import typer
 
     from tapeless.cli import app
-    from tapeless.errors import TapelessError
+    from tapeless.errors import TapelessError, on_the_command_line, spelled
 
     # Typer's own errors, by way of the one it names: newer versions carry their own copy of Click.
     usage_error: Any = typer.BadParameter.__base__
     command = typer.main.get_command(app)
     try:
-        with command.make_context("tapeless", list(arguments)) as context:
+        with (
+            spelled(on_the_command_line),
+            handled(STOPPING, _interrupt),
+            command.make_context("tapeless", list(arguments)) as context,
+        ):
             command.invoke(context)
     except typer.Exit as exit:
         return exit.exit_code
@@ -49,14 +61,22 @@ def run(arguments: Sequence[str]) -> int:
         return _error(f"{message}{stop} See: {path} --help")
     except TapelessError as error:
         return _error(str(error))
-    except MemoryError:
-        return _error("there is not enough memory for this: choose smaller sizes.")
+    except MemoryError as error:
+        notes = getattr(error, "__notes__", [])
+        return _error(" ".join(["there is not enough memory for this: choose smaller sizes.", *notes]))
+    except streams.OutputClosed:
+        return CLOSED
     except OSError as error:
         return _failed(error)
     except KeyboardInterrupt as stop:
         print("Interrupted.", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0
+
+
+def _interrupt(number: int, _: object) -> None:
+    """What is half done is tidied up, whichever signal asks to stop."""
+    raise KeyboardInterrupt(number)
 
 
 _usual = warnings.showwarning
@@ -77,8 +97,6 @@ def _error(message: str) -> int:
 
 
 def _failed(error: OSError) -> int:
-    if isinstance(error, BrokenPipeError):  # the reader has seen enough
-        return 1
     return _error(f"{error.filename or 'output'}: {error.strerror or error}.")
 
 

@@ -14,7 +14,13 @@ from rich.table import Table
 
 from tapeless.config import GPTConfig
 from tapeless.errors import ConfigError
-from tapeless.gradcheck import ENGINE_TOLERANCE, LOSS_TOLERANCE, TOLERANCE, GradCheck
+from tapeless.gradcheck import (
+    DIRECTION_TOLERANCE,
+    ENGINE_TOLERANCE,
+    LOSS_TOLERANCE,
+    TOLERANCE,
+    GradCheck,
+)
 from tapeless.io import runs
 
 
@@ -25,13 +31,18 @@ def check_path(report: Path) -> None:
 
 
 def show(preset: str, config: GPTConfig, result: GradCheck, report: Path | None = None) -> None:
-    """Print the result, and write it to `report` if there is one.
+    """Print the result, and write it to `report` if there is one, whether or not it can be printed.
 
-    Raises `RunError` if that cannot be written.
+    Raises `RunError` if it cannot be written.
     """
-    Console(highlight=False).print(*_parts(preset, config, result), sep="\n")
-    if report is None:
-        return
+    try:
+        if report is not None:
+            _write(preset, config, result, report)
+    finally:
+        Console(highlight=False).print(*_parts(preset, config, result), sep="\n")
+
+
+def _write(preset: str, config: GPTConfig, result: GradCheck, report: Path) -> None:
     if report.suffix == ".json":
         runs.write_json(report, {"about": about(preset, config, result), "result": result.to_dict()})
         return
@@ -49,6 +60,7 @@ def about(preset: str, config: GPTConfig, result: GradCheck) -> dict[str, Any]:
         "seed": result.seed,
         "tolerances": {
             "entry against finite differences, relative": TOLERANCE,
+            "directional derivative against finite differences, relative": DIRECTION_TOLERANCE,
             "engine's tensor against the reference's, relative norm": ENGINE_TOLERANCE,
             "engine's loss": LOSS_TOLERANCE,
         },
@@ -59,16 +71,24 @@ def about(preset: str, config: GPTConfig, result: GradCheck) -> dict[str, Any]:
 
 
 def _parts(preset: str, config: GPTConfig, result: GradCheck) -> list[Any]:
-    compared = result.engine_loss is not None
+    compared, sampled = result.engine_loss is not None, result.directions > 0
     table = Table("tensor", "shape", box=None)
-    for column in ("checked", "worst error", *([f"{result.engine} engine"] if compared else []), ""):
+    columns = ["checked", "worst error", *["directions"] * sampled, *[f"{result.engine} engine"] * compared]
+    for column in (*columns, ""):
         table.add_column(column, justify="right")
     for row in result.rows:
         checked = "all" if row.checked == row.size else f"{row.checked:,} of {row.size:,}"
         cells = [row.name, " × ".join(map(str, row.shape)), checked, f"{row.worst:.1e}"]
+        if sampled:
+            cells.append("" if row.directional is None else f"{row.directional:.1e}")
         cells += [f"{row.engine:.1e}"] if row.engine is not None else []
         table.add_row(*cells, "[green]ok[/]" if row.ok else "[bold red]FAILED[/]")
     lines: list[Any] = [f"{preset}: gradients against finite differences", table]
+    if sampled:
+        lines.append(
+            f"Sampled tensors: also {result.directions} directional derivatives along random directions, "
+            "in which every entry counts."
+        )
     if compared:
         verdict = "[green]ok[/]" if result.loss_ok else "[bold red]FAILED[/]"
         lines.append(f"loss {result.loss:.7f}, {result.engine} engine {result.engine_loss:.7f}  {verdict}")

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
 from tapeless.errors import ConfigError, did_you_mean
 
-CHOICES = {
-    "norm": ("none", "rms", "layer"),
-    "activation": ("relu", "gelu"),
-    "attention": ("full", "flash"),
-    "residual": ("add", "mhc"),
-    "init": ("microgpt", "esp32gpt", "gpt2", "width"),
-    "precision": ("float32", "bf16"),
-}
 # How a model is computed, not what it is: these may change from one run of it to the next.
 COMPUTED = ("recompute", "precision")
 # One tensor index must fit 32 bits on the smallest chip we export to, and no real model comes near.
@@ -43,6 +36,51 @@ def number(name: str, value: Any, low: float, high: float, *, ends: str = "") ->
     return float(value)
 
 
+def setting(
+    default: Any,
+    about: str,
+    *choices: str,
+    least: float | None = None,
+    most: float = MAX_SIZE,
+    ends: str = "",
+) -> Any:
+    """A field of a config: its default, one sentence about it, and its values: the `choices` of a word, or
+    the range of a number as for `whole` and `number`."""
+    return field(
+        default=default,
+        metadata={"about": about, "choices": choices, "range": (least, most), "ends": ends},
+    )
+
+
+def check_settings(config: Any) -> None:
+    """Convert the fields of a config to their types. Raises `ConfigError`, naming the field, for a value
+    that it cannot have."""
+    for f in fields(config):
+        name, value = f.name, getattr(config, f.name)
+        choices, (least, most) = f.metadata["choices"], f.metadata["range"]
+        if f.type == "bool":
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} must be true or false, not {value!r}.")
+        elif f.type == "str":
+            if value not in choices:
+                raise ConfigError(f"{name} cannot be {value!r}.{did_you_mean(value, choices)}")
+        elif f.type == "float":
+            object.__setattr__(config, name, number(name, value, least, most, ends=f.metadata["ends"]))
+        elif value is not None or f.default is not None:
+            object.__setattr__(config, name, whole(name, value, least, most))
+
+
+def described(config: type) -> type:
+    """Add each field's sentence to the docstring of a config."""
+    lines = [str(config.__doc__).rstrip(), "", "    Fields:", ""]
+    for f in fields(config):
+        line = f"{f.name} ({f.type}, default {f.default!r}): {f.metadata['about']}"
+        lines += textwrap.wrap(line, 90, initial_indent=" " * 4, subsequent_indent=" " * 8)
+    config.__doc__ = "\n".join([*lines, ""])
+    return config
+
+
+@described
 @dataclass(frozen=True)
 class GPTConfig:
     """The architecture of one GPT.
@@ -50,49 +88,61 @@ class GPTConfig:
     Raises `ConfigError`, naming the field, for values that make no model.
     """
 
-    vocab_size: int | None = None  # V: number of tokens; None in a preset, until the data gives it
-    block_size: int = 16  # T: the longest context
-    n_layer: int = 1  # L
-    n_head: int = 4  # H: attention heads, each n_embd / n_head wide
-    n_embd: int = 16  # C: width of the residual stream
-    n_hidden: int = 0  # F: width of the MLP; 0 means 4·n_embd and is replaced by it
-    norm: str = "rms"  # "none" | "rms" | "layer"
-    norm_gain: bool = False  # a learned gain per channel
-    norm_bias: bool = False  # a learned bias per channel ("layer" only)
-    norm_embed: bool = False  # a norm after the embedding
-    norm_attn: bool = True  # a norm before attention
-    norm_mlp: bool = True  # a norm before the MLP
-    norm_final: bool = False  # a norm before the head
-    norm_eps: float = 1e-5
-    activation: str = "relu"  # "relu" | "gelu" (tanh form)
-    bias: bool = False  # biases in the linear layers
-    tied: bool = False  # the head is the transposed token embedding
-    # "full" keeps the probabilities, "flash" only their log-sum-exp, as compiled code always does.
-    attention: str = "full"
-    attention_tile: int = 32  # queries and keys in a tile of "flash" on the reference engine
-    recompute: bool = False  # keep only the input of each layer; the backward pass makes the rest again
-    # What the compiled engine's products of linear layers and the head read: "float32", or "bf16", rounded
-    # to bfloat16. Sums, and all else, are float32.
-    precision: str = "float32"
-    residual: str = "add"  # "add" | "mhc" (hyper-connections)
-    n_streams: int = 0  # S: residual streams; 0 means 2 with "mhc", 1 with "add"
-    init: str = "microgpt"  # how weights start; see tapeless.init
+    vocab_size: int | None = setting(
+        None, "Number of tokens (V). The data gives it where it is not set.", least=1
+    )
+    block_size: int = setting(16, "The longest context, in tokens (T).", least=1)
+    n_layer: int = setting(1, "Number of transformer layers (L).", least=1)
+    n_head: int = setting(4, "Attention heads (H), each n_embd / n_head wide.", least=1)
+    n_embd: int = setting(16, "Width of the residual stream, the embedding dimension (C).", least=1)
+    n_hidden: int = setting(0, "Width of the MLP's hidden layer (F); 0 means 4 · n_embd.", least=0)
+    norm: str = setting("rms", "Kind of norm: RMSNorm, LayerNorm or none.", "none", "rms", "layer")
+    norm_gain: bool = setting(False, "Norms have a learned gain per channel.")
+    norm_bias: bool = setting(False, "Norms have a learned bias per channel (layer only).")
+    norm_embed: bool = setting(False, "A norm after the embedding.")
+    norm_attn: bool = setting(True, "A norm before attention (pre-norm).")
+    norm_mlp: bool = setting(True, "A norm before the MLP (pre-norm).")
+    norm_final: bool = setting(False, "A norm before the head.")
+    norm_eps: float = setting(1e-5, "Added to the mean square or variance in a norm.", least=0, most=1)
+    activation: str = setting("relu", "Nonlinearity of the MLP; gelu is the tanh form.", "relu", "gelu")
+    bias: bool = setting(False, "Linear layers have biases.")
+    tied: bool = setting(False, "The head is the transposed token embedding (weight tying).")
+    attention: str = setting(
+        "full",
+        "full keeps all attention probabilities, flash only their log-sum-exp (FlashAttention). The compiled "
+        "engine always computes flash.",
+        "full",
+        "flash",
+    )
+    attention_tile: int = setting(
+        32, "Queries and keys in a tile of flash attention on the reference engine.", least=1
+    )
+    recompute: bool = setting(
+        False,
+        "Keep only each layer's input and recompute the rest in the backward pass (gradient checkpointing).",
+    )
+    precision: str = setting(
+        "float32",
+        "What matmuls of linear layers and the head read (mixed precision): float32, or bf16 with sums in "
+        "float32. CPU engine only.",
+        "float32",
+        "bf16",
+    )
+    residual: str = setting("add", "Residual connections: add, or mhc, hyper-connections.", "add", "mhc")
+    n_streams: int = setting(
+        0, "Residual streams of mhc (S), 2 to 16; 0 means 2 with mhc, 1 with add.", least=0
+    )
+    init: str = setting(
+        "microgpt",
+        "How weights start, and with which random generator; see tapeless.init.",
+        "microgpt",
+        "esp32gpt",
+        "gpt2",
+        "width",
+    )
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            name, value = f.name, getattr(self, f.name)
-            if not f.type.startswith("int") or value == f.default is None:
-                continue
-            least = 0 if f.default == 0 else 1  # 0 where the default is to derive it
-            object.__setattr__(self, name, whole(name, value, least, MAX_SIZE))
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(f"{name} cannot be {value!r}.{did_you_mean(value, choices)}")
-        for f in dataclasses.fields(self):
-            if f.type == "bool" and not isinstance(getattr(self, f.name), bool):
-                raise ConfigError(f"{f.name} must be true or false, not {getattr(self, f.name)!r}.")
-        object.__setattr__(self, "norm_eps", number("norm_eps", self.norm_eps, 0, 1))
+        check_settings(self)
         if self.n_hidden == 0:
             object.__setattr__(self, "n_hidden", 4 * self.n_embd)
         if self.n_embd % self.n_head:
@@ -139,7 +189,7 @@ class GPTConfig:
 
         Raises `ConfigError` for unknown fields, suggesting the nearest.
         """
-        known = [f.name for f in dataclasses.fields(self)]
+        known = [f.name for f in fields(self)]
         for name in changes:
             if name not in known:
                 raise ConfigError(f"no model setting is called {name!r}.{did_you_mean(name, known)}")

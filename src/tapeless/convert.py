@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from tapeless import files
 from tapeless.data.bpe import BPETokenizer
-from tapeless.data.table import TableTokenizer
+from tapeless.data.table import GPT2_END, GPT2_TOKENS, TableTokenizer
 from tapeless.data.tokenizers import find_tokenizer
-from tapeless.errors import ConfigError, RunError, did_you_mean
+from tapeless.errors import ConfigError, RunError, argument, did_you_mean
 from tapeless.io import gguf, gpt2, huggingface, llmc, runs
 from tapeless.io.checkpoints import open_model, with_tokenizer
+from tapeless.io.tensors import Checkpoint
 from tapeless.layout import n_params
 
 FOLDERS = {"hf": "a Hugging Face folder", "run": "a run folder"}
@@ -49,14 +50,17 @@ def convert(
     refuse(target, suffix not in FILES, overwrite)
 
     model = open_model(source)
-    say(f"{model.path}: {model.format}, {n_params(model.config):,} parameters")
+    say(f"{model.path}: {model.format}, {', '.join(model.dtypes)}, {n_params(model.config):,} parameters")
     format, numbers = FILES.get(suffix) or FOLDERS[to or "hf"], llmc.DTYPES[dtype][1]
+    _tell_of_ends(model, format, say)
     if suffix != ".bin":
         model = with_tokenizer(model)
         if to != "run" and isinstance(model.tokenizer, TableTokenizer) and model.tokenizer.merges is not None:
             model = dataclasses.replace(model, tokenizer=model.tokenizer.bpe)
     elif find_tokenizer(model.folder) and model.folder.resolve() != target.parent.resolve():
         say(f"An llm.c file holds no tokenizer: that in {model.folder} stays there.")
+    if "float64" in model.dtypes:
+        say(f"Its numbers of float64 are rounded to {numbers.name}.")
     if to == "run":
         _write_folder(target, lambda folder: runs.write_model(folder, model))
     else:
@@ -66,13 +70,25 @@ def convert(
         if suffix == ".bin":
             llmc.write_model(target, whole, dtype)
         elif suffix == ".gguf":
-            if gguf.write_model(target, whole, numbers) is None:
-                say(f"No BPE tokenizer comes with {model.path}: llama.cpp will know tokens only by number.")
+            gguf.write_model(target, whole, numbers, say)
         else:
             if not isinstance(model.tokenizer, BPETokenizer | None):
                 say(f"The tokenizer of {model.path} is no BPE, so {format} has no place for it.")
             _write_folder(target, lambda folder: huggingface.write_model(folder, whole, numbers))
     say(f"Saved in {target}, {format} of {numbers.name}.")
+
+
+def _tell_of_ends(model: Checkpoint, format: str, say: Callable[[str], object]) -> None:
+    """Say which tokens that begin or end a text cannot come along."""
+    V = model.config.vocab
+    within = model.ends.within(V)
+    if within != model.ends and format != FOLDERS["hf"]:
+        names = [f"{name} {value}" for name, value in model.ends.to_dict().items()]
+        say(f"Tokens beyond the {V:,} of {model.path} begin or end no text: of {', '.join(names)}, left out.")
+    usual = V == GPT2_TOKENS and {*(within.bos or ()), *(within.eos or ())} <= {GPT2_END}
+    if format == FILES[".bin"] and within.to_dict() and not usual:
+        names = [f"{name} {value}" for name, value in within.to_dict().items()]
+        say(f"An llm.c file does not name the tokens that begin and end a text: {', '.join(names)} left out.")
 
 
 def refuse(target: Path, folder: bool, overwrite: bool) -> None:
@@ -86,7 +102,10 @@ def refuse(target: Path, folder: bool, overwrite: bool) -> None:
         if target.is_dir():
             raise RunError(f"{target} is a folder; expected the name of a file.")
     if there and not overwrite:
-        raise RunError(f"{there[0]} is there already: replace it with --overwrite, or choose another name.")
+        raise RunError(
+            f"{there[0]} already exists: replace it with {argument('overwrite', True)}, or choose another "
+            "name."
+        )
 
 
 def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -101,7 +120,8 @@ def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
             folder.mkdir(exist_ok=True)
             new = {path.name for path in aside.iterdir()}
             for name in new:
-                os.replace(aside / name, folder / name)
+                files.replace(aside / name, folder / name)
+            files.flush_folder(folder)
             old = [folder / name for name in MODEL_FILES if name not in new]
             runs.remove([*old, *folder.glob("model-*-of-*.safetensors")])
             runs.remove_checkpoints(folder)

@@ -6,14 +6,18 @@ it on several threads at once (a team), each with its share of a step.
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, wraps
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from tapeless.config import GPTConfig
-from tapeless.errors import ConfigError, did_you_mean
+from tapeless.errors import ConfigError, argument, did_you_mean
 from tapeless.layout import (
     BATCH,
     Plan,
@@ -45,7 +49,9 @@ def check_engine(name: str, dtype: str | None) -> np.dtype:
     if dtype not in (None, "float32", "float64"):
         raise ConfigError(f"dtype must be float32 or float64, not {dtype!r}.")
     if name == "cpu" and dtype == "float64":
-        raise ConfigError("the cpu engine computes in float32; use engine='reference' for float64.")
+        raise ConfigError(
+            f"the cpu engine computes in float32; use {argument('engine', 'reference')} for float64."
+        )
     return np.dtype(dtype or ("float32" if name == "cpu" else "float64"))
 
 
@@ -68,12 +74,30 @@ class Steps(NamedTuple):
     wrong: int
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _exclusive(method: _Method) -> _Method:
+    """The method with the engine's lock held."""
+
+    @wraps(method)
+    def locked(self: Engine, *args: Any, **options: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **options)
+
+    return cast(_Method, locked)
+
+
 class Engine:
     """One model's buffers, and the programs that run on them.
 
     `params` and `grads` are flat; `p` and `g` are their views. Activation buffers grow to the
     largest batch seen. `threads` share a batch; None leaves it to `team_size`. Raises
     `ConfigError` for an unknown engine, one that cannot do `dtype`, or no number of threads.
+
+    All calls work in the same buffers, so each holds `lock`, which is re-entrant. Hold it around calls
+    that belong together, such as `fill` and `evaluate`. A copy and an unpickled engine have the same
+    parameters, gradients and optimiser state, in buffers of their own.
     """
 
     variant = ""  # of the CPU's ops: a word for the key of the programs compiled with them
@@ -81,6 +105,8 @@ class Engine:
     def __init__(
         self, config: GPTConfig, name: str = "cpu", dtype: str | None = None, threads: int | None = None
     ):
+        self.lock = threading.RLock()
+        _engines.add(self)
         self.config = config
         self._runs = effective(config, name)
         self.name = name
@@ -98,12 +124,33 @@ class Engine:
         buffer = plan.allocate()
         return buffer.view(self.dtype), plan.views(name, buffer)
 
+    # ------------------------------------------------------------ copies
+
+    @_exclusive
+    def __getstate__(self) -> dict[str, Any]:
+        groups = {"params": self.params, "grads": self.grads}
+        if "optimiser" in self.__dict__:
+            groups |= {f"optimiser.{name}": array for name, array in self.optimiser._asdict().items()}
+        arrays = {name: array.copy() for name, array in groups.items()}
+        return {"made": (self.config, self.name, str(self.dtype), self.threads), "arrays": arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Engine.__init__(self, *state["made"])
+        for name, array in state["arrays"].items():
+            attrgetter(name)(self)[:] = array
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        engine = type(self).__new__(type(self))
+        engine.__setstate__(self.__getstate__())
+        return engine
+
     # ------------------------------------------------------------ buffers
 
     def team(self, documents: int) -> int:
         """How many threads share a batch of so many documents."""
         return 1 if self.name == "reference" else team_size(self.config, documents, self.threads)
 
+    @_exclusive
     def reserve(self, tokens: int, documents: int, threads: int = 1) -> None:
         """Make room for batches of this size, shared by so many threads."""
         wanted = (tokens, documents, threads)
@@ -178,6 +225,7 @@ class Engine:
 
     # ------------------------------------------------------------ programs
 
+    @_exclusive
     def program(self, name: str) -> Callable:
         """The program of this name, ready to run: for the CPU, loaded from the cache or compiled."""
         if name not in self._programs:
@@ -235,6 +283,7 @@ class Engine:
 
     # ------------------------------------------------------------ running
 
+    @_exclusive
     def fill(self, tokens: Any, targets: Any, starts: Any, weights: Any) -> int:
         """Put one packed batch into the batch buffers; returns its number of tokens."""
         starts = np.asarray(starts)
@@ -253,10 +302,12 @@ class Engine:
             part.share[:3] = begin, end, n
         return n
 
+    @_exclusive
     def logits(self) -> np.ndarray:
         """Logits [N, V] of the batch, after `evaluate` or `gradient`."""
         return self.a.logits[: self.batch.sizes[0]].copy()
 
+    @_exclusive
     def evaluate(self) -> float:
         """Loss of the batch; `logits` has its logits."""
         self._result.loss[:] = 0
@@ -264,6 +315,7 @@ class Engine:
         self._run("evaluate", [(self.p, self.a, batch, self._result) for batch in batches])
         return float(self._result.loss.sum())
 
+    @_exclusive
     def gradient(self) -> float:
         """Loss of the batch; its gradients are in `grads`."""
         self._result.loss[:] = 0
@@ -276,6 +328,7 @@ class Engine:
         )
         return float(self._result.loss.sum())
 
+    @_exclusive
     def train(
         self, stream: np.ndarray, spans: np.ndarray, lrs: np.ndarray, optimiser: str = "adamw"
     ) -> Steps:
@@ -307,6 +360,7 @@ class Engine:
         else:
             program.together(calls)
 
+    @_exclusive
     def generate(
         self,
         prompt: Sequence[int],
@@ -314,12 +368,15 @@ class Engine:
         max_tokens: int,
         uniforms: np.ndarray,
         *,
-        stop: int = -1,
+        eos: Sequence[int] = (),
+        drawn: int | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> tuple[list[np.ndarray], int]:
         """`n` continuations of the prompt of at most `max_tokens`, and how many uniforms were used.
+
+        A text ends before any of `eos`. Only the first `drawn` ids are drawn; None is the whole vocabulary.
 
         Compiled code hears no Ctrl-C, so it comes back every now and then."""
         length, at_once = len(prompt), max(1, GENERATING // self.params.size)
@@ -328,8 +385,9 @@ class Engine:
             np.zeros(n, np.int32),
             uniforms,
             np.array([0, length, 0, 0]),
-            np.empty(self.config.vocab),
-            np.array([length, stop, at_once, temperature, top_k, top_p], np.float64),
+            np.empty(self.config.vocab if drawn is None else drawn),
+            np.array(list(eos) or [-1], np.int64),
+            np.array([length, at_once, temperature, top_k, top_p], np.float64),
         )
         out.tokens[:, :length] = prompt
         self._decoding[0][1].arrivals[:] = 0
@@ -343,6 +401,22 @@ class Engine:
             self._run(name, [(*weights, c, batch, out) for c, batch in self._decoding])
         rows = [row[length:end] for row, end in zip(out.tokens, out.lengths, strict=True)]
         return rows, int(out.state[3])
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """Give engines new locks in a forked process whose parent had other threads in them."""
+    for engine in _engines:
+        if engine.lock.acquire(blocking=False):
+            engine.lock.release()
+        else:
+            engine.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)
 
 
 def uses(engine: Engine, documents: int) -> str:

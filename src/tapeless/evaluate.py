@@ -80,7 +80,7 @@ def evaluate(
     batch_size = max(1, AT_ONCE // size) if batch_size is None else batch_size
     batch_size = whole("batch_size", batch_size, 1, MAX_SIZE)
     opened = _open(model, data, lines)
-    sizes = _sizes(model.tokenizer, b"" if opened.spans is None else b"\n")
+    sizes = _sizes(model.tokenizer, model.config.vocab, b"" if opened.spans is None else b"\n")
     result = score(model, opened, size, stride, batch_size, sizes=sizes, told=told)
     if not math.isfinite(result.loss):
         raise NumericsError(f"the loss is {result.loss}: the model's weights are not finite, or too large.")
@@ -185,11 +185,13 @@ class Sliding:
         return np.stack([self._first[document] + offset, length], axis=1), fresh
 
 
-def _sizes(tokenizer: Tokenizer | None, end: bytes) -> np.ndarray | None:
-    """Bytes and characters of each token [V, 2]; that between documents stands for `end`."""
+def _sizes(tokenizer: Tokenizer | None, vocab_size: int, end: bytes) -> np.ndarray | None:
+    """Bytes and characters of each token [V, 2]; that between documents stands for `end`, and ids that the
+    tokenizer does not have for nothing."""
     if tokenizer is None:
         return None
     texts = tokenizer.token_bytes()
+    texts += [b""] * (vocab_size - len(texts))
     if tokenizer.bos is not None:
         texts[tokenizer.bos] = end
     # A character's bytes after the first are of the form 10xxxxxx.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tapeless.config import MAX_SIZE, number, whole
 from tapeless.data.table import TableTokenizer
 from tapeless.data.tokenizers import Numbers
+from tapeless.ends import eos_ids
 from tapeless.errors import ConfigError, DataError
 from tapeless.rng import Random
 from tapeless.settings import MAX_TEMPERATURE, MAX_TEXTS, MAX_TOKENS
@@ -29,15 +30,22 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     max_tokens: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> Iterator[str]:
-    """`n` texts that begin with `prompt` and go on until BOS, or `max_tokens` new tokens, as they come.
+    """Yield `n` texts that begin with `prompt`, each as soon as it is complete.
 
-    Without a BOS in the tokenizer, texts only end at `max_tokens`, and an empty prompt is a line end.
+    A text ends before one of `eos_token_id` (None: the model's), or after `max_tokens` new tokens. It begins
+    with the model's `bos_token_id`; where there is none, an empty prompt is a line end. A prompt follows
+    that token only if the tokenizer has a BOS of its own.
     Without a tokenizer, texts are tokens as numbers; so is the prompt where the tokenizer cannot encode.
+    Ids that the tokenizer does not have (of a padded vocabulary) are never drawn.
 
     Each token is drawn from softmax(logits / temperature), temperature 0 taking the likeliest;
     `top_k` > 0 keeps only the k likeliest, `top_p` < 1 the likeliest that together reach p.
     `max_tokens` None fills the block. One uniform number of `rng` is used for each token.
+
+    Texts are generated some at a time, and only meanwhile is the model's lock held: other threads can use
+    the model while the caller reads the texts.
 
     Raises `ConfigError` for settings out of range, `DataError` for a prompt that cannot be encoded.
     """
@@ -46,8 +54,10 @@ def generate(
     top_k = whole("top_k", top_k, 0, MAX_SIZE)
     top_p = number("top_p", top_p, 0, 1, ends="high")
     tokenizer = Numbers(model.config.vocab) if model.tokenizer is None else model.tokenizer
-    ids = _encoded(prompt, tokenizer) if isinstance(prompt, str) else _token_ids(prompt, tokenizer.vocab_size)
-    context = ids if tokenizer.bos is None and ids else [tokenizer.start, *ids]
+    ids = _encoded(prompt, tokenizer) if isinstance(prompt, str) else _token_ids(prompt, model.config.vocab)
+    eos = model.eos_token_id if eos_token_id is None else eos_ids(eos_token_id, model.config.vocab)
+    begin = tokenizer.start if model.bos_token_id is None else model.bos_token_id
+    context = ids if tokenizer.bos is None and ids else [begin, *ids]
     if max_tokens is None:
         max_tokens = min(max(1, model.config.block_size - len(ids)), MAX_TOKENS)
     max_tokens = whole("max_tokens", max_tokens, 1, MAX_TOKENS)
@@ -62,7 +72,8 @@ def generate(
             some,
             max_tokens,
             rng.uniforms(some * max_tokens),
-            stop=-1 if tokenizer.bos is None else tokenizer.bos,
+            eos=eos,
+            drawn=tokenizer.vocab_size,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -60,6 +60,12 @@ class Guard:
             older = self._good.popleft() if len(self._good) == 2 else None
             self._good.append(Snapshot(self._job, older))
 
+    def undo(self) -> bool:
+        """Go back to the newest state that is remembered. False if there is none: the model is too large."""
+        if self._good:
+            self._good[-1].restore(self._job)
+        return bool(self._good)
+
     def check(self, steps: Steps) -> str:
         """Look at the steps that were just done: "", or what is to be told of the last one, which is left
         out. Where it may not be, or the steps spoilt the model, go back to the last good state, save it, and
@@ -78,8 +84,9 @@ class Guard:
             self._go_back(steps.losses)
         if fatal:
             self._give_up(f"{self._reason(steps)} at step {job.step:,}. {self._explained(job.step)}")
-        job.losses.append(steps.losses)
+        job.record(steps.losses)
         self.keep()
+        job.settled = True
         return self._skip(steps) if steps.wrong else ""
 
     def finite(self) -> bool:
@@ -107,13 +114,13 @@ class Guard:
         job, why = self._job, self._reason(steps)
         message = f"{why} at step {job.step:,}. {self._done_on()}"
         job.rewind(len(steps.losses) - 1)
-        job.losses.append(steps.losses[:-1])
+        job.record(steps.losses[:-1])
         job.save()
         self._give_up(message, "bad_steps=skip, a larger spike or ")
 
     def _go_back(self, losses: np.ndarray) -> NoReturn:
         job, skips = self._job, self._job.training.bad_steps == "skip"
-        job.losses.append(losses)
+        job.record(losses)
         end, good = job.step, self._good[0]
         good.restore(job)
         while True:

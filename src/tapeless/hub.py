@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tapeless.errors import RunError
+from tapeless.errors import RunError, install
 
 BARE = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names without an owner
 
@@ -29,8 +29,7 @@ def fetch(name: str, files: Sequence[str], missing: str, instead: str) -> Path:
         import huggingface_hub
     except ImportError:
         raise RunError(
-            f"{missing}; give {instead}, or fetch it from the Hugging Face hub with "
-            "pip install 'tapeless[hub]'."
+            f"{missing}; give {instead}, or to fetch it from the Hugging Face hub: {install('hub')}."
         ) from None
     try:
         # Of all its functions this one fails at once where there is no network.

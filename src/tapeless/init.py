@@ -26,7 +26,7 @@ def generator_name(config: GPTConfig) -> str:
 
 
 def generator(config: GPTConfig, seed: int) -> Random:
-    """A fresh random generator for this config. Raises `ConfigError` for a seed that is none."""
+    """A fresh random generator for this config. Raises `ConfigError` for an invalid seed."""
     return GENERATORS[generator_name(config)](whole("seed", seed, 0, MAX_SEED))
 
 

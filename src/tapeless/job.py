@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -17,7 +17,7 @@ from tapeless.data.documents import Corpus
 from tapeless.data.orders import Order
 from tapeless.data.sources import Data
 from tapeless.engine import Steps, uses
-from tapeless.errors import DataError, RunError, printable
+from tapeless.errors import DataError, NumericsError, RunError, argument, printable
 from tapeless.evaluate import score
 from tapeless.generate import generate
 from tapeless.guard import Guard
@@ -83,9 +83,13 @@ class Job:
     val_losses: dict[int, float] = field(default_factory=dict)  # by step
     best: tuple[float, int] = (math.inf, 0)  # the lowest of them of all times, and its step
     texts: dict[int, list[str]] = field(default_factory=dict)  # generated while training
-    _changed: str = ""  # what is otherwise than when it was saved
+    complete: bool = False  # it was resumed, and nothing is left to do
+    settled: bool = True  # the state is that of `step`: False while steps are done and looked at
+    _changed: str = ""  # settings that differ from the saved run
+    _recorded: int = 0  # steps whose losses were recorded
     _logged: int = 0  # steps already in metrics.jsonl
     _saved: int | None = None  # the step of the state in the folder
+    _unwritable: bool = False  # the system refused to write something
     _taken: Path | None = None  # the checkpoint it was resumed from
     _place: Path | None = None  # where files are written, once it has begun: `folder`, or aside at first
 
@@ -114,13 +118,14 @@ class Job:
         """Do k steps, or as many as there are up to a bad one; and the lengths of what they were done on.
         `last` is what the last of them was done on, as spans [A, B, 2] of the data."""
         self._before = self.step, self.rng.state()
-        places = self._take(k)
         try:
+            places = self._take(k)
             stream, spans = self.data.train.take(places)
-        except DataError:
+            rates = learning_rates(self.training, self.step, k)
+        except BaseException:
             self.rewind(0)  # of steps that were not done no trace is saved
             raise
-        rates = learning_rates(self.training, self.step, k)
+        self.settled = False
         steps = self.model.engine.train(stream, spans, rates, self.program)
         done = len(steps.losses)
         if done < k:
@@ -143,11 +148,22 @@ class Job:
             self._take(done)
         self.step += done
 
+    def record(self, losses: np.ndarray) -> None:
+        """Keep the losses of the steps that were done last."""
+        self.losses.append(losses)
+        self._recorded = self.step
+
     def try_data(self) -> None:
         """Raise `DataError` if the next step cannot be done."""
+        with self.same_draws():
+            self.data.train.take(self._take(1))
+
+    @contextmanager
+    def same_draws(self) -> Iterator[None]:
+        """Leave no trace in the random numbers of training."""
         before = self.rng.state()
         try:
-            self.data.train.take(self._take(1))
+            yield
         finally:
             self.rng.restore(before)
 
@@ -168,15 +184,15 @@ class Job:
 
     def judge(self, loss: float) -> bool:
         """Whether a validation's loss is the best so far; then the model is saved in the folder `best`."""
-        if self.step and math.isfinite(loss):
-            self.val_losses[self.step] = loss
         better = loss < self.best[0]
         if better:
-            self.best = (loss, self.step)
             if self._place is not None and self.step:
                 contents = self._contents(self.about | {"step": self.step, "val_loss": loss})
                 with self.told():
                     saves.save(self._place / runs.BEST, self.step, contents, keep=1)
+            self.best = (loss, self.step)  # only now that it is there
+        if math.isfinite(loss):
+            self.val_losses[self.step] = loss
         return better
 
     @property
@@ -186,12 +202,8 @@ class Job:
         return bool(every) and self.step % every == 0 and self.step < self.training.steps
 
     def sample(self) -> list[str]:
-        """Some texts, without a trace in the random numbers of training."""
-        before = self.rng.state()
-        try:
-            return self.generate(min(SHOWN, self.training.samples) or 1)
-        finally:
-            self.rng.restore(before)
+        """Some texts, to be shown while training."""
+        return self.generate(min(SHOWN, self.training.samples) or 1)
 
     def generate(self, n: int) -> list[str]:
         """`n` texts of the model as it is now; they go into the run's log if it has one."""
@@ -231,7 +243,7 @@ class Job:
         due, must not take ever longer, and `losses` keeps not all of them for ever."""
         if self._place is not None and self.step - self._logged >= UNLOGGED:
             with self.told():
-                runs.append_rows(self._place / runs.METRICS, self._new_rows(), flush=False)
+                self._write_rows(self._place, flush=False)
 
     def save(self) -> None:
         """Write the run's files, if it has begun to have any. Raises `NumericsError` instead if the state
@@ -241,26 +253,55 @@ class Job:
         if not self.guard.small and not self.guard.finite():
             self.guard.overflowed()
         with self.told():
-            if rows := self._new_rows():
-                runs.append_rows(self._place / runs.METRICS, rows)
+            self._write_rows(self._place)
             self.log_texts()
             state = {runs.STATE: runs.content_of_tensors(self._state())}
             saves.save(self._place, self.step, self._contents(self.about) | state, self.about["keep"])
-        if self.folder is not None and self._place != self.folder:
-            folders.replace(self.folder, self._place)
-            self._place = self.folder
+            if self.folder is not None and self._place != self.folder:
+                folders.replace(self.folder, self._place)
+                self._place = self.folder
         self._saved = self.step
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Save what was done, whatever goes wrong between steps, before the error is raised.
+
+        In the middle of a step the state of a small model is the one before it, of which a large model has
+        no more than its last save. Numbers gone bad, and what cannot be written, tell what is kept.
+        """
+        try:
+            yield
+        except NumericsError:
+            raise
+        except BaseException as error:
+            self._rescue()
+            if isinstance(error, DataError):
+                advice = f"go on with {argument('resume', True)} when that is mended."
+                raise DataError(f"{error}{self.kept(advice)}") from None
+            if kept := self.kept().strip():
+                error.add_note(kept)
+            raise
+
+    def _rescue(self) -> None:
+        if self._unwritable or (not self.settled and not self.guard.undo()):
+            return
+        self.losses.drop(self._recorded - self.step)
+        self.settled, self._recorded = True, self.step
+        if self._saved != self.step:
+            with suppress(Exception):  # what is raised is the error that it comes from
+                self.save()
 
     def forget(self, count: int) -> None:
         """Let the present step be the last one that was done, without the last `count`, and save that."""
         self.losses.drop(count)
+        self._recorded = self.step
         self.val_losses = {step: loss for step, loss in self.val_losses.items() if step <= self.step}
         self.texts = {step: texts for step, texts in self.texts.items() if step <= self.step}
         if self._place is not None:
             self._logged = min(self._logged, self.step)
             self.save()  # first: as long as an older state is the last one, its rows must be there
             for log in (runs.METRICS, runs.SAMPLES_LOG):
-                runs.cut_log(self._place / log, self.step)
+                runs.cut_log(self._place / log, self.step or -1)
 
     def close(self) -> None:
         """Save for the last time. Texts of an earlier end go first: whether there are any tells `restore`
@@ -273,7 +314,8 @@ class Job:
     def _contents(self, about: dict[str, Any]) -> dict[str, runs.Content]:
         """What the model's files hold now."""
         params = runs.content_of_tensors(dict(self.model.params))
-        return runs.contents_of_model(self.model.config, self.model.tokenizer, params, about)
+        model = self.model
+        return runs.contents_of_model(model.config, model.tokenizer, model.ends, params, about)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -281,6 +323,7 @@ class Job:
         try:
             yield
         except RunError as error:
+            self._unwritable = True
             raise RunError(f"{error}{self.kept()}") from None
 
     def log_texts(self) -> None:
@@ -315,6 +358,13 @@ class Job:
             "rng.spare": random["spare"],
         }
 
+    def _write_rows(self, place: Path, flush: bool = True) -> None:
+        """Append to metrics.jsonl what is not there yet."""
+        if rows := self._new_rows():
+            runs.append_rows(place / runs.METRICS, rows, flush)
+        self._logged = self.step
+        self.guard.skipped.clear()
+
     def _new_rows(self) -> list[dict[str, Any]]:
         first = self._logged
         kept = self.losses.all
@@ -322,9 +372,11 @@ class Job:
         assert len(losses) == self.step - first
         rates = learning_rates(self.training, first, len(losses))
         rows: list[dict[str, Any]] = []
+        if first == 0 < len(losses) and 0 in self.val_losses:  # with the first steps, so that it comes once
+            rows.append({"step": 0, "val_loss": self.val_losses[0]})
         for i in range(len(losses)):
             step = first + i + 1
-            skipped = self.guard.skipped.pop(step, "")
+            skipped = self.guard.skipped.get(step, "")
             if step % self.log_every == 0 or step in self.val_losses or skipped:
                 loss = float(losses[i]) if math.isfinite(losses[i]) else None  # JSON has no other numbers
                 row: dict[str, Any] = {"step": step, "loss": loss, "lr": float(rates[i])}
@@ -333,7 +385,6 @@ class Job:
                 if skipped:
                     row["skipped"] = skipped
                 rows.append(row)
-        self._logged = self.step
         return rows
 
     def restore(self, place: Path) -> None:
@@ -354,16 +405,16 @@ class Job:
             saves.publish(self.folder, place)  # a killed process may not have come to that
         t, texts = self.training, self.folder / runs.SAMPLES
         ended = self.step == t.steps
-        if self.step > t.steps or (ended and (texts.exists() or not t.samples)):
-            raise RunError(
-                f"{self.folder} is complete: {self.step} steps of {t.steps}. Give more --steps to go on."
-            )
+        self.complete = self.step > t.steps or (ended and (texts.exists() or not t.samples))
+        if self.complete:
+            return
         self.resumed, self._taken = True, place
-        self._logged = self._saved = self.step
+        self._logged = self._saved = self._recorded = self.step
         sizes = saves.logged(place)
         # At the end, texts come after the last save; they are still to be generated.
         for log, steps in ((runs.METRICS, self.step), (runs.SAMPLES_LOG, self.step - ended)):
-            runs.cut_log(self.folder / log, steps, sizes.get(log, sys.maxsize))
+            # Rows of step 0 come with those of the first steps.
+            runs.cut_log(self.folder / log, steps or -1, sizes.get(log, sys.maxsize))
 
     def change(self, changes: Mapping[str, tuple[Any, Any]]) -> None:
         """Record what is from now on otherwise than before."""
@@ -392,7 +443,10 @@ class Job:
             verb = "cut to it" if t.order == "shuffle" else "left out"
             what = "document is" if train.n_cut == 1 else "documents are"
             lines.append(f"{train.n_cut:,} {what} longer than the block of {self.longest} tokens: {verb}.")
-        if self.step:
+        if self.complete:
+            done = f"{self.folder} is complete: {self.step:,} steps of {t.steps:,}."
+            lines.append(f"{done} Give more --steps to go on.")
+        elif self.step:
             changed = f" Changed: {self._changed}." if self._changed else ""
             lines.append(f"Going on from step {self.step:,}.{changed}")
         return [printable(line) for line in lines]  # the names are from config.json

@@ -20,7 +20,8 @@ from tapeless.config import GPTConfig
 SINKHORN_ITERATIONS = 20  # as in Xie et al. 2025, arXiv:2512.24880
 # Symbolic sizes: tokens and documents of a batch, threads (workers), and numbers of a row in `partial`.
 N, D, W, X = "N", "D", "W", "X"
-ALIGN = 64  # bytes: a cache line, and the widest vector
+# Bytes: the longest cache line, Apple's, which is two of other processors', and two of the widest vector.
+ALIGN = 128
 
 
 class Tensor(NamedTuple):
@@ -225,8 +226,8 @@ BATCH = (
     # A thread's share of it: rows first and end of so many, which thread this is, of how many
     Tensor("share", (5,), "int64"),
     # Of each thread, a cache line apart, so that nobody waits for a line that another one writes:
-    Tensor("arrivals", (W, 8), "int64"),  # how often it has come to a place where all meet
-    Tensor("sums", (W, 8), "float64"),  # the loss of its share, the squared norm of its part of the gradient
+    Tensor("arrivals", (W, 16), "int64"),  # how often it has come to a place where all meet
+    Tensor("sums", (W, 16), "float64"),  # the loss of its share, the squared norm of its part of the gradient
     Tensor("partial", (W, X)),  # its part of a sum, where a row is read from memory by all: see streams.py
 )
 ME = 3  # where in `share` a thread finds its own number; the number of threads stands after it

@@ -1,9 +1,7 @@
-"""What training will allocate, what the machine has free, and what would fit instead."""
+"""What training will allocate, whether that fits, and what would fit instead."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from tapeless.layout import (
     n_params,
     streamed_width,
 )
+from tapeless.machine import free_memory
 from tapeless.programs import RESULT
 from tapeless.team import check_threads, decoding_team, team_size
 
@@ -95,27 +94,3 @@ def _what_fits(config: GPTConfig, batch_size: int, needs: Any, free: float) -> s
         elif fits:
             options.append(f"batch_size={fits}{also}")
     return f"{' or '.join(options)} would fit" if options else "choose a smaller model"
-
-
-def free_memory() -> float:
-    """Bytes of memory that a process may still take: what Linux calls available, within the limits of its
-    control group; elsewhere all physical memory; infinity where the system does not say."""
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free: float = 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, ValueError, KeyError):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):
-            return float("inf")
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, taken = int((group / limit).read_text()), int((group / used).read_text())
-        except (OSError, ValueError):
-            continue  # no such control group, or no limit
-        free = min(free, most - taken)
-    return free

@@ -9,7 +9,7 @@ import numpy as np
 from tapeless.engine import Engine
 from tapeless.flops import training_flops
 
-EVERY = 1.0  # seconds of training between two reports; over less, clocks and other programs tell more
+EVERY = 1.0  # seconds of training between two reports; shorter intervals are too noisy
 WORTHWHILE = 3.0  # seconds of training from which the peak, which takes some 0.1 s, is measured
 
 

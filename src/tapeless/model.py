@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from tapeless.config import GPTConfig
+from tapeless.config import GPTConfig, whole
 from tapeless.data.tokenizers import Tokenizer
+from tapeless.ends import Ends, eos_ids
 from tapeless.engine import Engine
 from tapeless.errors import ConfigError, DataError
 from tapeless.generate import generate
@@ -28,9 +30,15 @@ class GPT:
     `engine` is "cpu" (compiled, float32) or "reference" (NumPy, float64 unless `dtype="float32"`).
     `seed` draws the initial weights by `config.init`; it may be a generator to go on with, or None
     to leave all weights zero. `threads` share the documents of a batch; None is as many as there
-    are processors, or one for small batches. `tokenizer` lets `generate` speak text.
+    are processors, or one for small batches. `tokenizer` lets `generate` speak text; it may have fewer tokens
+    than the config, whose vocabulary is then padded. `bos_token_id` and `eos_token_id` begin and end a
+    text; None leaves them to the tokenizer.
 
-    Raises `ConfigError` for an unknown engine or dtype, a seed or number of threads that is none, a
+    Threads may share a model: its methods wait for each other (see `lock`). `copy.copy`,
+    `copy.deepcopy` and pickling give an independent model with the same parameters, gradients and
+    optimiser state.
+
+    Raises `ConfigError` for an unknown engine or dtype, an invalid seed or number of threads, a
     config without `vocab_size`, or one that does not fit in memory.
     """
 
@@ -43,16 +51,39 @@ class GPT:
         dtype: str | None = None,
         threads: int | None = None,
         tokenizer: Tokenizer | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ):
-        if tokenizer is not None and tokenizer.vocab_size != config.vocab:
-            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the config {config.vocab}.")
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only {config.vocab:,}."
+            )
         self.config = config
         self.tokenizer = tokenizer
+        self.ends = Ends()
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
         rng = seed if seed is None or isinstance(seed, Random) else generator(config, seed)
         check_memory(config, engine, dtype, 0, threads)
         self.engine = Engine(config, engine, dtype, threads)
         if rng is not None:
             initialise(self.engine.p, config, rng)
+
+    def __copy__(self) -> GPT:
+        return deepcopy(self)
+
+    @property
+    def lock(self) -> Any:
+        """The re-entrant lock (`threading.RLock`) that every method holds while it computes. Hold it
+        yourself around calls that belong together:
+
+            with model.lock:
+                loss = model.loss_and_grad(tokens, targets)
+                norm = np.linalg.norm(model.grads["wte"])
+
+        Without it, another thread's `loss_and_grad` may replace the gradients in between.
+        """
+        return self.engine.lock
 
     @property
     def params(self) -> Mapping[str, np.ndarray]:
@@ -69,6 +100,31 @@ class GPT:
         """Number of parameters."""
         return self.engine.params.size
 
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text: what was set, or else the tokenizer's. None: there is none."""
+        if self.ends.bos is not None:
+            return self.ends.bos[0] if self.ends.bos else None
+        return self.tokenizer.bos if self.tokenizer else None
+
+    @bos_token_id.setter
+    def bos_token_id(self, id: int | None) -> None:
+        bos = None if id is None else (whole("bos_token_id", id, 0, self.config.vocab - 1),)
+        self.ends = self.ends._replace(bos=bos)
+
+    @property
+    def eos_token_id(self) -> tuple[int, ...]:
+        """The tokens that end a text: those that were set, or else the tokenizer's. Set one id or several, or
+        None for the tokenizer's."""
+        if self.ends.eos is not None:
+            return self.ends.eos
+        return () if self.tokenizer is None or self.tokenizer.bos is None else (self.tokenizer.bos,)
+
+    @eos_token_id.setter
+    def eos_token_id(self, ids: int | Sequence[int] | None) -> None:
+        eos = None if ids is None else eos_ids(ids, self.config.vocab)
+        self.ends = self.ends._replace(eos=eos)
+
     def loss_and_grad(self, tokens: Any, targets: Any, starts: Any = None, weights: Any = None) -> float:
         """Mean cross-entropy in nats; fills `grads` with its gradient.
 
@@ -78,20 +134,23 @@ class GPT:
 
         Raises `DataError` for shapes or token ids that do not fit, or a document longer than the block.
         """
-        self._fill(tokens, targets, starts, weights)
-        return self.engine.gradient()
+        with self.lock:
+            self._fill(tokens, targets, starts, weights)
+            return self.engine.gradient()
 
     def loss(self, tokens: Any, targets: Any, starts: Any = None, weights: Any = None) -> float:
         """The loss alone; arguments as for `loss_and_grad`."""
-        self._fill(tokens, targets, starts, weights)
-        return self.engine.evaluate()
+        with self.lock:
+            self._fill(tokens, targets, starts, weights)
+            return self.engine.evaluate()
 
     def logits(self, tokens: Any, starts: Any = None) -> np.ndarray:
         """Logits [N, V] of the next token after each of `tokens` [N]; `starts` and what is raised as
         for `loss_and_grad`."""
-        self._fill(tokens, tokens, starts, None)  # any targets do: the loss is not used
-        self.engine.evaluate()
-        return self.engine.logits()
+        with self.lock:
+            self._fill(tokens, tokens, starts, None)  # any targets do: the loss is not used
+            self.engine.evaluate()
+            return self.engine.logits()
 
     def generate(
         self,
@@ -103,13 +162,16 @@ class GPT:
         top_k: int = 0,
         top_p: float = 1.0,
         max_tokens: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> list[str]:
-        """`n` texts that continue `prompt`, prompt included; see `tapeless.generate`.
+        """Return `n` texts that continue `prompt`, prompt included; see `tapeless.generate`.
+
+        `eos_token_id` is one token or several that end a text; None is the model's own, [] none at all.
 
         Raises `ConfigError` for settings out of range, `DataError` for a prompt that cannot be encoded.
         """
         rng = generator(self.config, seed)
-        return list(generate(self, prompt, n, temperature, rng, top_k, top_p, max_tokens))
+        return list(generate(self, prompt, n, temperature, rng, top_k, top_p, max_tokens, eos_token_id))
 
     def save(self, path: str | Path) -> None:
         """Write config.json, tokenizer.json and model.safetensors into the folder `path`, replacing
@@ -117,7 +179,8 @@ class GPT:
 
         Raises `RunError` if that cannot be written.
         """
-        runs.save_model(Path(path), self.config, self.tokenizer, dict(self.params))
+        with self.lock:
+            runs.save_model(Path(path), self.config, self.tokenizer, self.ends, dict(self.params))
 
     def _fill(self, tokens: Any, targets: Any, starts: Any, weights: Any) -> int:
         tokens, targets = self._ids("tokens", tokens), self._ids("targets", targets)
@@ -150,7 +213,11 @@ class GPT:
         return ids
 
     def __repr__(self) -> str:
-        return f"GPT({self.n_params:,} parameters, {self.engine.name}, {self.config})"
+        c, tokenizer = self.config, type(self.tokenizer).__name__ if self.tokenizer else "no tokenizer"
+        return (
+            f"GPT({self.n_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
+            f"context {c.block_size:,}, vocabulary {c.vocab:,}; {self.engine.name} engine, {tokenizer})"
+        )
 
 
 def _array(values: Any) -> np.ndarray:
@@ -179,5 +246,6 @@ def load(
     if precision is not None:
         config = config.replace(precision=precision)
     model = GPT(config, None, engine, dtype=dtype, threads=threads, tokenizer=checkpoint.tokenizer)
+    model.ends = checkpoint.ends.within(config.vocab)
     checkpoint.read_into(model.params)
     return model

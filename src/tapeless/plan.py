@@ -13,8 +13,9 @@ from tapeless.data.documents import BUILT_IN
 from tapeless.data.orders import Tokens, make_order
 from tapeless.data.sources import Data, are_tokens, open_data
 from tapeless.data.tokenizers import MADE, CharTokenizer
+from tapeless.ends import Ends
 from tapeless.engine import check_engine
-from tapeless.errors import ConfigError, RunError
+from tapeless.errors import ConfigError, RunError, argument
 from tapeless.init import MAX_SEED, generator
 from tapeless.io import runs, saves
 from tapeless.io.checkpoints import open_model, with_tokenizer
@@ -45,7 +46,8 @@ class Plan(NamedTuple):
     engine: str
     dtype: str | None
     threads: int | None
-    vocab_size: int | None = None  # as the data must have it
+    vocab_size: int | None = None  # the model's; its tokenizer may have fewer
+    ends: Ends = Ends()  # of texts, where not the tokenizer's
     pretrained: str | None = None  # where the weights came from
     checkpoint: Checkpoint | None = None
     folder: Path | None = None  # of the saved run
@@ -89,7 +91,8 @@ def fresh(
     if checkpoint is None:
         return plan
     vocab_size, path = checkpoint.config.vocab, str(checkpoint.path)
-    return plan._replace(vocab_size=vocab_size, pretrained=path, checkpoint=checkpoint)
+    ends = checkpoint.ends.within(vocab_size)
+    return plan._replace(vocab_size=vocab_size, ends=ends, pretrained=path, checkpoint=checkpoint)
 
 
 def _finetuning(
@@ -132,6 +135,7 @@ def resumed(
     data: str | Path | None,
     val: str | Path | None,
     preset: str | None,
+    pretrained: str | Path | None,
     settings: dict[str, Any],
     seed: int | None,
     engine: str | None,
@@ -160,6 +164,8 @@ def resumed(
             saved["engine"] if engine is None else engine,
             saved["dtype"] if engine is None and dtype is None else dtype,
             threads,
+            vocab_size=config.vocab,
+            ends=runs.ends_of(place / runs.CONFIG, saved).within(config.vocab),
             pretrained=saved["pretrained"],
             folder=folder,
             saved=place,
@@ -178,6 +184,9 @@ def resumed(
     for what, was, now in (("preset", plan.name, preset), ("seed", plan.seed, seed)):
         if now is not None and now != was:
             raise RunError(f"{folder} was started with {what} {was}, not {now}.")
+    if pretrained is not None and not _same_model(plan.pretrained, pretrained):
+        was = plan.pretrained or "new weights"
+        raise RunError(f"{folder} was started from {was}, not from {pretrained}.")
     if plan.pretrained is not None:
         settings = _with_window(settings, config, folder)
     plan = plan._replace(preset=plan.preset.with_settings(settings))
@@ -193,6 +202,13 @@ def resumed(
             raise RunError(f"{folder} was trained with {name}={before[name]}: it cannot go on with {now}.")
     changes = {name: (before[name], value) for name, value in after.items() if value != before[name]}
     return plan._replace(changes=changes)
+
+
+def _same_model(was: str | None, now: str | Path) -> bool:
+    """Whether a run that was started from a model could have been started from `now`. A name on the hub does
+    not tell where it lies on this machine."""
+    here = was is not None and Path(was).exists() and Path(now).exists()
+    return was is not None and (not here or Path(was).samefile(now))
 
 
 def _difference(old: GPTConfig, new: GPTConfig) -> str:
@@ -213,7 +229,8 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     if training.eval_every and data.val is None:
         raise ConfigError(
             f"eval_every={training.eval_every} needs data to validate on: NAME_val.bin beside "
-            "NAME_train.bin, --val, or val_fraction=0.1 to hold out a part of a text."
+            f"NAME_train.bin, {argument('val')}, or {argument('set', {'val_fraction': 0.1})} to hold out a "
+            "part of a text."
         )
     config = chosen.model.replace(vocab_size=data.vocab_size)
     # What is trained on may be shorter than the model's block; positions beyond it take no activations.
@@ -239,6 +256,8 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     model = GPT(
         config, weights, plan.engine, dtype=plan.dtype, threads=plan.threads, tokenizer=data.tokenizer
     )
+    # Training teaches that a document ends with the token between documents.
+    model.ends = plan.ends.also(data.tokenizer.bos if data.tokenizer else None)
     if plan.checkpoint is not None:
         plan.checkpoint.read_into(model.params)
     about = {
@@ -301,9 +320,9 @@ def _read(plan: Plan) -> Data:
 def held_out(folder: Path) -> Tokens:
     """What a saved run is validated on. Raises `RunError` if it has nothing of that kind."""
     place = saves.newest(folder, runs.MODEL)  # as for the model itself
-    val = _read(resumed(folder, place, None, None, None, {}, None, None, None, None)).val
+    val = _read(resumed(folder, place, None, None, None, None, {}, None, None, None, None)).val
     if val is None:
-        raise RunError(f"{folder} was trained with nothing to validate on: give the data to evaluate it on.")
+        raise RunError(f"{folder} has no validation data: pass the data to evaluate it on.")
     return val
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tapeless.config import GPTConfig
 from tapeless.errors import ConfigError, did_you_mean
 from tapeless.init import generator_name
-from tapeless.settings import Training, home
+from tapeless.settings import Training, home, text_of
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,20 @@ presets: dict[str, Preset] = {
     "gpt2-large": _gpt2("774M", 36, 20, 1280),
     "gpt2-xl": _gpt2("1558M", 48, 25, 1600),
 }
+
+
+def changed_by(name: str) -> dict[str, list[str]]:
+    """The presets that change a setting: their names, by the value that they give it."""
+    values: dict[str, list[str]] = {}
+    default = getattr(home(name), name)
+    for preset_name, preset in presets.items():
+        where: Any = preset.model if home(name) is GPTConfig else preset.training
+        value = getattr(where, name)
+        # 0 is replaced by what follows from other settings.
+        follows = default == 0 and dataclasses.replace(where, **{name: default}) == where
+        if value != default and not follows:
+            values.setdefault(text_of(value), []).append(preset_name)
+    return values
 
 
 def get_preset(name: str) -> Preset:

@@ -52,9 +52,10 @@ SAMPLES = (
     # Where to go on: at which row; its tokens so far, and how many of them have their keys and values in the
     # cache; how many uniforms are used
     Tensor("state", (4,), "int64"),
-    Tensor("probs", ("V",), "float64"),
-    # Prompt length, stop token or -1, how many tokens to read before coming back; temperature, top_k, top_p
-    Tensor("options", (6,), "float64"),
+    Tensor("probs", ("V",), "float64"),  # of the tokens that may be drawn: the first ones of the vocabulary
+    Tensor("eos", ("E",), "int64"),  # tokens that end a text
+    # Prompt length, how many tokens to read before coming back; temperature, top_k, top_p
+    Tensor("options", (5,), "float64"),
 )
 
 
@@ -161,8 +162,9 @@ def _make_generate(schedule: Schedule, ops: Any, block_size: int, stored: bool =
     def generate(groups):
         p, c, batch, out = groups[0], groups[-3], groups[-2], groups[-1]
         me = batch.share[ME]
-        prompt, stop, left = int(out.options[0]), int(out.options[1]), int(out.options[2])
-        temperature, top_k, top_p = out.options[3], out.options[4], out.options[5]
+        prompt, left = int(out.options[0]), int(out.options[1])
+        temperature, top_k, top_p = out.options[2], out.options[3], out.options[4]
+        drawn = out.probs.shape[0]
         k, length, cached, used = out.state[0], out.state[1], out.state[2], out.state[3]
         while k < out.tokens.shape[0] and left > 0:
             row = out.tokens[k]
@@ -184,11 +186,13 @@ def _make_generate(schedule: Schedule, ops: Any, block_size: int, stored: bool =
             cached = 0 if first else length
             if me == 0:
                 row[length] = sample_token(
-                    out.probs, c.logits[0], temperature, top_k, top_p, out.uniforms[used]
+                    out.probs, c.logits[0][:drawn], temperature, top_k, top_p, out.uniforms[used]
                 )
             meet(rows_of(batch))
             used += 1
-            ended = row[length] == stop
+            ended = False
+            for i in range(out.eos.shape[0]):
+                ended = ended or row[length] == out.eos[i]
             if not ended:
                 length += 1
             if ended or length == row.shape[0]:

@@ -1,4 +1,4 @@
-"""Opening files whose name may be that of something else."""
+"""Reading files whose name may be that of something else."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def open_regular(path: Path) -> BufferedReader:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(None, "it is no regular file")
+
+
+def read_text(path: Path) -> str:
+    """Return the UTF-8 text of a file, without the byte-order mark that editors on Windows begin it with.
+
+    Raises `OSError` as `open_regular` does, and `UnicodeDecodeError`, a `ValueError`, for other encodings.
+    """
+    with open_regular(path) as file:
+        return file.read().decode("utf-8-sig")

@@ -6,9 +6,10 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tapeless.config import GPTConfig, number, whole
+from tapeless.config import GPTConfig, check_settings, described, setting
+from tapeless.data.headerless import AUTO, TOKEN_DTYPES
 from tapeless.errors import ConfigError, did_you_mean
 
 # Beyond these, something was mistyped: it would take days, or memory that nobody has.
@@ -19,79 +20,100 @@ MAX_TEMPERATURE = 1e6
 
 MAX_TOML = 2**14  # bytes
 
-CHOICES = {
-    "schedule": ("constant", "linear", "cosine"),
-    "optimiser": ("sgd", "adam", "adamw"),
-    "order": ("shuffle", "draw", "windows", "sequence", "llmc"),
-    "bad_steps": ("stop", "skip"),
-}
 DOCUMENTS = ("shuffle", "draw")  # the orders of documents; the others are of windows
 
 
+@described
 @dataclass(frozen=True)
 class Training:
     """How a model is trained. Raises `ConfigError`, naming the field, for values that cannot work."""
 
-    steps: int = 1000
-    batch_size: int = 1  # documents or windows that are computed at once
-    total_batch_tokens: int = 0  # of a step, in several batches of windows; 0 is one batch
-    window: int = 0  # longest document or window trained on; 0 is the model's block_size
-    lr: float = 0.01  # the highest learning rate
-    schedule: str = "linear"  # "constant" | "linear" | "cosine", from lr to min_lr: see tapeless.optim
-    min_lr: float = 0.0  # where the schedule ends
-    warmup_steps: int = 0  # steps over which the learning rate rises to lr
-    optimiser: str = "adam"  # "sgd" | "adam" | "adamw"
-    beta1: float = 0.85
-    beta2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # of matrices, decoupled: "adamw" only
-    momentum: float = 0.0  # "sgd" only
-    grad_clip: float = 0.0  # largest global norm of the gradient; 0 leaves it as it is
-    # A step is bad if its loss or its gradient's norm is not finite, or a spike: more than `spike` times its
-    # running mean. 0: nothing is a spike. "stop" looks at the norm only for spikes and for grad_clip.
-    bad_steps: str = "stop"  # "stop" | "skip": leave the model as it was, and go on with the next step
-    spike: float = 0.0
-    # Documents: "shuffle" once, then round and round | "draw" at random each time. A long text: "windows"
-    # of it at random places | "sequence": one after the other, over and over | "llmc": in llm.c's order.
-    order: str = "shuffle"
-    val_fraction: float = 0.0  # of the data, held out: the end of a text, or documents here and there
-    eval_every: int = 0  # steps between evaluations on what is held out; 0 is once, at the end
-    eval_batches: int = 0  # of batch_size, from the first, in an evaluation; 0 is all
-    sample_every: int = 0  # steps between texts generated while training; 0 is none
-    samples: int = 20  # texts generated after training
-    temperature: float = 0.5  # of those texts
-    max_tokens: int = 16  # longest of those texts
+    steps: int = setting(1000, "Optimiser steps.", least=1, most=MAX_STEPS)
+    batch_size: int = setting(
+        1, "Documents or windows in a batch, computed together (B).", least=1, most=MAX_STEPS
+    )
+    total_batch_tokens: int = setting(
+        0,
+        "Tokens per step, by gradient accumulation over several batches of windows; 0 means one batch.",
+        least=0,
+        most=MAX_STEPS,
+    )
+    window: int = setting(
+        0, "Longest document or window to train on, in tokens; 0 means block_size.", least=0, most=MAX_STEPS
+    )
+    lr: float = setting(0.01, "The highest learning rate.", least=0, most=1e6)
+    schedule: str = setting(
+        "linear", "How the learning rate falls from lr to min_lr.", "constant", "linear", "cosine"
+    )
+    min_lr: float = setting(0.0, "Learning rate at which the schedule ends.", least=0, most=1e6, ends="low")
+    warmup_steps: int = setting(0, "Steps over which the learning rate rises to lr.", least=0, most=MAX_STEPS)
+    optimiser: str = setting("adam", "The update rule.", "sgd", "adam", "adamw")
+    beta1: float = setting(0.85, "Decay of Adam's first moment.", least=0, most=1, ends="low")
+    beta2: float = setting(0.99, "Decay of Adam's second moment.", least=0, most=1, ends="low")
+    eps: float = setting(1e-8, "Added to Adam's denominator.", least=0, most=1)
+    weight_decay: float = setting(
+        0.0, "Decoupled weight decay of matrices (adamw only).", least=0, most=1e3, ends="low"
+    )
+    momentum: float = setting(0.0, "Momentum (sgd only).", least=0, most=1, ends="low")
+    grad_clip: float = setting(
+        0.0,
+        "Largest global norm of the gradient, clipped to it; 0 means no clipping.",
+        least=0,
+        most=1e9,
+        ends="low",
+    )
+    bad_steps: str = setting(
+        "stop",
+        "What to do at a step whose loss or gradient norm is not finite, or a spike: stop the run, or skip "
+        "the update. stop looks at the norm only with spike or grad_clip.",
+        "stop",
+        "skip",
+    )
+    spike: float = setting(
+        0.0,
+        "A step is a spike if its loss or gradient norm is above this many times the running mean; 0 means "
+        "never.",
+        least=0,
+        most=1e9,
+        ends="low",
+    )
+    order: str = setting(
+        "shuffle",
+        "Documents: shuffle once, or draw at random. One long text: windows at random, in sequence, or in "
+        "the order of llmc.",
+        "shuffle",
+        "draw",
+        "windows",
+        "sequence",
+        "llmc",
+    )
+    token_dtype: str = setting(
+        AUTO, "Integer type of token files without a header.", AUTO, *TOKEN_DTYPES
+    )
+    val_fraction: float = setting(
+        0.0,
+        "Fraction of the data held out for validation: the end of a text, or documents here and there.",
+        least=0,
+        most=1,
+        ends="low",
+    )
+    eval_every: int = setting(
+        0, "Steps between validations; 0 means only at the end.", least=0, most=MAX_STEPS
+    )
+    eval_batches: int = setting(
+        0, "Batches of a validation, from the first; 0 means all.", least=0, most=MAX_STEPS
+    )
+    sample_every: int = setting(
+        0, "Steps between texts generated while training; 0 means none.", least=0, most=MAX_STEPS
+    )
+    samples: int = setting(20, "Texts generated after training.", least=0, most=MAX_TEXTS)
+    temperature: float = setting(
+        0.5, "Sampling temperature of those texts.", least=0, most=MAX_TEMPERATURE, ends="low"
+    )
+    max_tokens: int = setting(16, "Maximum tokens of those texts.", least=1, most=MAX_TOKENS)
 
     def __post_init__(self) -> None:
-        checked: dict[str, Any] = {
-            "steps": whole("steps", self.steps, 1, MAX_STEPS),
-            "batch_size": whole("batch_size", self.batch_size, 1, MAX_STEPS),
-            "total_batch_tokens": whole("total_batch_tokens", self.total_batch_tokens, 0, MAX_STEPS),
-            "window": whole("window", self.window, 0, MAX_STEPS),
-            "lr": number("lr", self.lr, 0, 1e6),
-            "min_lr": number("min_lr", self.min_lr, 0, 1e6, ends="low"),
-            "warmup_steps": whole("warmup_steps", self.warmup_steps, 0, MAX_STEPS),
-            "weight_decay": number("weight_decay", self.weight_decay, 0, 1e3, ends="low"),
-            "momentum": number("momentum", self.momentum, 0, 1, ends="low"),
-            "grad_clip": number("grad_clip", self.grad_clip, 0, 1e9, ends="low"),
-            "spike": number("spike", self.spike, 0, 1e9, ends="low"),
-            "val_fraction": number("val_fraction", self.val_fraction, 0, 1, ends="low"),
-            "eval_every": whole("eval_every", self.eval_every, 0, MAX_STEPS),
-            "eval_batches": whole("eval_batches", self.eval_batches, 0, MAX_STEPS),
-            "sample_every": whole("sample_every", self.sample_every, 0, MAX_STEPS),
-            "samples": whole("samples", self.samples, 0, MAX_TEXTS),
-            "eps": number("eps", self.eps, 0, 1),
-            "beta1": number("beta1", self.beta1, 0, 1, ends="low"),
-            "beta2": number("beta2", self.beta2, 0, 1, ends="low"),
-            "temperature": number("temperature", self.temperature, 0, MAX_TEMPERATURE, ends="low"),
-            "max_tokens": whole("max_tokens", self.max_tokens, 1, MAX_TOKENS),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(f"{name} cannot be {value!r}.{did_you_mean(value, choices)}")
+        check_settings(self)
         if self.weight_decay and self.optimiser != "adamw":
             raise ConfigError(f"weight_decay needs optimiser='adamw', not {self.optimiser!r}.")
         if self.momentum and self.optimiser != "sgd":
@@ -145,6 +167,44 @@ def _field(name: Any) -> tuple[type, dataclasses.Field]:
     return fields[name]
 
 
+class Setting(NamedTuple):
+    """What there is to know about a setting."""
+
+    name: str
+    table: str  # of a TOML file
+    type: str
+    values: str
+    default: str
+    about: str
+
+
+def text_of(value: Any) -> str:
+    """A setting's value as it is written after `--set` or in TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def describe(name: str) -> Setting:
+    """What there is to know about a setting. Raises `ConfigError` for an unknown name."""
+    where, f = _field(name)
+    kind, (least, most), ends = f.type.removesuffix(" | None"), f.metadata["range"], f.metadata["ends"]
+    if kind in ("bool", "str"):
+        values = "true, false" if kind == "bool" else ", ".join(f.metadata["choices"])
+    else:
+        values = f"{'at least' if kind == 'int' or ends == 'low' else 'above'} {least}"
+        if most == 1:  # larger limits only catch slips of the fingers
+            values += ", below 1"
+    default = "from the data" if f.default is None else text_of(f.default)
+    table = "model" if where is GPTConfig else "training"
+    return Setting(name, table, kind, values, default, f.metadata["about"])
+
+
+def names() -> list[str]:
+    """The names of all settings, the model's first."""
+    return [f.name for home in (GPTConfig, Training) for f in dataclasses.fields(home)]
+
+
 def parse_setting(name: str, text: str) -> Any:
     """The value of `--set name=text`, by the type of the field it names.
 
@@ -184,7 +244,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             text = file.read(MAX_TOML + 1)
         if len(text) > MAX_TOML:  # its time and memory go with the square
             raise ConfigError(f"{path} is too long for settings: expected at most {MAX_TOML:,} bytes.")
-        content = tomllib.loads(text.decode())
+        content = tomllib.loads(text.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"no settings file {str(path)!r}.") from None
     except OSError as error:

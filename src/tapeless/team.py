@@ -10,7 +10,8 @@ from queue import SimpleQueue
 
 from tapeless.config import GPTConfig, whole
 from tapeless.errors import ConfigError
-from tapeless.layout import n_params
+from tapeless.layout import ALIGN, n_params
+from tapeless.machine import processors
 
 MAX_THREADS = 1024
 # Parameters times tokens of a step from which more threads pay: some 100 µs of one thread's work. They
@@ -41,19 +42,6 @@ def by_documents(documents: int, threads: int) -> bool:
     return documents % threads == 0 or documents >= 4 * threads
 
 
-def processors() -> int:
-    """Processors that this process may use: NUMBA_NUM_THREADS and OMP_NUM_THREADS can make it fewer."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows have no such call
-        count = os.cpu_count() or 1
-    for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
-        value = os.environ.get(name, "").strip()
-        if value.isdecimal() and int(value) > 0:
-            count = min(count, int(value))
-    return count
-
-
 def check_threads(engine: str, threads: int | None) -> int | None:
     """`threads` if it can be a number of threads. Raises `ConfigError` if not."""
     if threads is None:
@@ -70,16 +58,17 @@ def shares(documents: int, threads: int) -> list[tuple[int, int]]:
 
 
 def parts(size: int, threads: int) -> list[tuple[int, int]]:
-    """Each thread's part of a flat buffer, in whole cache lines of float32, so that no two write to one."""
-    return [(min(16 * a, size), min(16 * b, size)) for a, b in shares(-(-size // 16), threads)]
+    """Each thread's part of a flat buffer of float32, in whole cache lines, so that no two write to one."""
+    line = ALIGN // 4
+    return [(min(line * a, size), min(line * b, size)) for a, b in shares(-(-size // line), threads)]
 
 
 def run_together(tasks: Sequence[Callable[[], object]]) -> None:
     """Run all tasks at the same time, each on a thread of its own, and wait for them all.
 
-    Either all begin or, if the system refuses a thread, none. They wait for each other, so nothing
-    may come between: workers, who get no signals, start each other, and the caller puts off a
-    Ctrl-C until they are done. Raises what a task raised.
+    Either all begin or, if the system refuses a thread, none. They wait for each other, and use the
+    caller's buffers, so nothing may come between: workers, who get no signals, start each other, and the
+    caller puts off what a signal raises (Ctrl-C, a timeout) until they are done. Raises what a task raised.
     """
     workers = _take_workers(len(tasks))
     done = _Done()
@@ -92,14 +81,14 @@ def run_together(tasks: Sequence[Callable[[], object]]) -> None:
     failure: BaseException | None = None
     try:
         workers[0].tasks.put((begin, done))
-    except KeyboardInterrupt as caught:  # which comes after a call, not in place of it: they have begun
+    except BaseException as caught:  # a signal's comes after a call, not in place of it: they have begun
         failure = caught
     while True:
         try:
             while len(done.finished) < len(tasks):
                 done.news.get()
             break
-        except KeyboardInterrupt as caught:
+        except BaseException as caught:
             failure = caught
     _idle.extend(workers)
     failure = failure or done.failure

@@ -6,21 +6,19 @@ looks whether it should stop. The size of a chunk follows the clock and changes 
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tapeless import plan
 from tapeless.config import whole
-from tapeless.errors import ConfigError, DataError, RunError
+from tapeless.errors import ConfigError, RunError, argument
 from tapeless.generate import listed
 from tapeless.init import MAX_SEED
 from tapeless.io import folders, runs, saves
@@ -29,6 +27,7 @@ from tapeless.job import Job
 from tapeless.meter import Meter, Speed
 from tapeless.model import GPT
 from tapeless.settings import MAX_STEPS
+from tapeless.signals import STOPPING, handled
 
 CHUNK_SECONDS = 0.1
 SAVE_SECONDS = 10.0
@@ -36,11 +35,22 @@ SAVE_SHARE = 0.05  # of the time, that saving may take
 DISK = 5e8  # bytes a second that a disk writes, until it is known
 
 
+class Curve(NamedTuple):
+    """Losses to plot: `plt.plot(*run.val_curve)`."""
+
+    steps: np.ndarray  # [K], from 1; 0 is before the first step
+    values: np.ndarray  # [K]
+
+
 @dataclass
 class Run:
-    """What `train` returns: `losses` [steps done], of more than 8 million the last ones, `samples`, the
-    trained `model`, its `folder`; by step the losses `val_losses` on what was held out, and `best`, the step
-    whose model lies in the folder `best` of the run."""
+    """What `train` returns.
+
+    `model` is the trained model and `samples` the texts it generated. `losses` are those of the steps that
+    were done, of more than 8 million the last ones; `val_losses` those of the validations, by step, 0 being
+    before the first one. `loss_curve` and `val_curve` give both as arrays of steps and values. `folder` is
+    the run's, if it has one, and `best` the step whose model lies in its folder `best`.
+    """
 
     model: GPT
     losses: np.ndarray
@@ -50,10 +60,34 @@ class Run:
     val_losses: dict[int, float] = field(default_factory=dict)
     best: int | None = None
 
+    @property
+    def loss_curve(self) -> Curve:
+        """The training loss of each step."""
+        return Curve(np.arange(self.steps - len(self.losses) + 1, self.steps + 1), self.losses)
+
+    @property
+    def val_curve(self) -> Curve:
+        """The validation losses."""
+        steps = np.array(list(self.val_losses), np.int64)
+        return Curve(steps, np.array(list(self.val_losses.values()), np.float64))
+
+    def __repr__(self) -> str:
+        lines = [f"Run({self.steps:,} steps, {self.model!r}"]
+        if len(self.losses):
+            last = self.losses[-100:]
+            mean = f"mean of the last {len(last)}: {last.mean():.4f}"
+            lines.append(f"  losses {self.losses[0]:.4f} … {self.losses[-1]:.4f}, {mean}")
+        if self.val_losses:
+            step, loss = list(self.val_losses.items())[-1]
+            best = "" if self.best is None else f", best at step {self.best:,}"
+            lines.append(f"  validation loss {loss:.4f} at step {step:,}{best}")
+        lines.append(f"  {len(self.samples):,} samples, folder {self.folder})")
+        return "\n".join(lines)
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during training, after the present chunk; `run` is what there is, saved if it has a folder.
-    `signal` is SIGINT, or SIGTERM, which does the same."""
+    `signal` is SIGINT, or SIGTERM or SIGHUP, which do the same."""
 
     def __init__(self, run: Run, signal: int):
         super().__init__(f"interrupted after step {len(run.losses)}")
@@ -61,10 +95,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Progress(Protocol):
-    """What training tells while it runs; see tapeless.progress. Of these, `evaluated` and `sampled` come
-    only where there is something to tell, and only to who has them `speed`, at most once a second,
-    `stopping`, when Ctrl-C came while something else than a step was done, and `skipped`, for a step that
-    was left out."""
+    """What training tells while it runs; see tapeless.progress. `evaluated` and `sampled` come only where
+    there is something to tell. These methods are optional: `speed`, at most once a second, `stopping`, when
+    Ctrl-C came while something else than a step was done, and `skipped`, for a step that was left out. If one of
+    them raises, training ends: what was done is saved, then `train` raises that."""
 
     def start(self, lines: list[str]) -> None: ...
     def compiling(self) -> None: ...
@@ -108,7 +142,8 @@ def train(
     `preset` names the model ("microgpt" by default); None elsewhere means the preset's value, seed
     42, engine "cpu", and as many threads as there are processors if a step is large enough for that
     to pay. Results repeat bit for bit for a fixed number of threads; other numbers round differently.
-    `set` changes any model or training setting: `{"n_embd": 32}`; see `GPTConfig` and `Training`. `val`
+    `set` changes any model or training setting: `{"n_embd": 32}`; `help(tl.GPTConfig)` and
+    `help(tapeless.settings.Training)` list them. `val`
     is data to validate on, in place of NAME_val.bin beside NAME_train.bin and of `val_fraction`.
 
     `pretrained` is a model to start from: a run folder, a Hugging Face folder of GPT-2, llm.c's file,
@@ -116,13 +151,16 @@ def train(
     `block_size` tokens if that is set; a preset given beside it must be of its architecture.
 
     `out` is the run folder to write; None writes nothing. `resume` goes on with the run in `out` as it
-    was set up, with whatever is given here changed; `overwrite` starts anew over it. `keep` is the number
+    was set up, with whatever is given here changed. If there is none yet, it begins one, provided that
+    `data`, `preset` or `pretrained` says what to train; if it is complete, it does nothing more. So the
+    same call does, however often it is interrupted. `overwrite` starts anew over a run. `keep` is the number
     of checkpoints that stay there, the newest; None means 2, so that there is one to fall back to.
     `progress=False` is silent.
 
     Raises `ConfigError`, `DataError` or `RunError` before anything is written or lost,
     `NumericsError` if a loss is not finite (the last good state is saved), and `Interrupted` (a
-    KeyboardInterrupt) after Ctrl-C or SIGTERM, with everything saved.
+    KeyboardInterrupt) after Ctrl-C, SIGTERM or SIGHUP, with everything saved. Whatever else is raised
+    between steps, for instance by `progress`, is raised when everything is saved.
     """
     log_every = whole("log_every", log_every, 1, MAX_STEPS)
     seed = None if seed is None else whole("seed", seed, 0, MAX_SEED)
@@ -135,19 +173,22 @@ def train(
     }  # fmt: skip
     settings = dict(set or {}) | {name: value for name, value in given.items() if value is not None}
     if resume and overwrite:
-        raise ConfigError("resume goes on with a run, overwrite replaces it: choose one of them.")
+        raise ConfigError(f"{argument('resume', True)} and {argument('overwrite', True)} cannot be combined.")
     if resume and pretrained is not None:
-        raise ConfigError("resume goes on with a run's own model, pretrained begins with another one.")
+        raise ConfigError(f"{argument('resume', True)} and {argument('pretrained')} cannot be combined.")
     if resume and folder is None:
-        raise RunError("resume needs the run's folder: give out.")
+        raise RunError(f"{argument('resume', True)} needs the run's folder: give {argument('out')}.")
     if progress is None or progress is True:
         from tapeless.progress import Console
 
         progress = Console()
     with Lock(folder) as lock:
-        if resume and folder is not None:
+        named = any(given is not None for given in (data, preset, pretrained))  # what to begin a run with
+        if resume and folder is not None and (folders.holds_a_run(folder) or not named):
             place = saves.newest(folder, runs.STATE)
-            what = plan.resumed(folder, place, data, val, preset, settings, seed, engine, dtype, threads)
+            what = plan.resumed(
+                folder, place, data, val, preset, pretrained, settings, seed, engine, dtype, threads
+            )
         else:
             if folder is not None:
                 folders.refuse(folder, overwrite)
@@ -176,30 +217,38 @@ class Silent:
 
 
 def _run(job: Job, progress: Progress) -> Run:
-    t = job.training
+    t, stop = job.training, _Stop(progress)
     progress.start(job.headline())
+    if job.complete:
+        return _result(job)
     _compile(job, progress)
     # A step that overflows is found by looking at its results; NumPy need not warn as well.
-    with _stop_on_signals(progress) as stop, np.errstate(all="ignore"):
+    with handled(STOPPING, stop), np.errstate(all="ignore"):
         progress.begin(job.step, t.steps)
         try:
-            _loop(job, progress, stop)
-        except DataError as error:  # it may be mended, and what was done until then is good
-            job.save()
-            raise DataError(f"{error}{job.kept('go on with --resume when that is mended.')}") from None
+            with job.rescued():
+                _loop(job, progress, stop)
         finally:
-            progress.finish()
-            job.end()
-    run = Run(job.model, job.losses.all.copy(), [], job.folder, job.step, job.val_losses, job.best[1] or None)
+            try:
+                progress.finish()
+            finally:
+                job.end()
+    run = _result(job)
     if stop.asked and job.step < t.steps:
         raise Interrupted(run, stop.asked)
     if t.samples:
-        run.samples = job.generate(t.samples)
-        if job.folder is not None:
-            with job.told():
-                job.log_texts()
-                runs.write_text(job.folder / runs.SAMPLES, "".join(listed(run.samples)))
+        with job.rescued():
+            run.samples = job.generate(t.samples)
+            if job.folder is not None:
+                with job.told():
+                    job.log_texts()
+                    runs.write_text(job.folder / runs.SAMPLES, "".join(listed(run.samples)))
     return run
+
+
+def _result(job: Job) -> Run:
+    losses, best = job.losses.all.copy(), job.best[1] or None
+    return Run(job.model, losses, [], job.folder, job.step, job.val_losses, best)
 
 
 def _compile(job: Job, progress: Progress) -> None:
@@ -245,9 +294,8 @@ def _loop(job: Job, progress: Progress, stop: _Stop) -> None:
             tell_speed(speed)
         if job.evaluates:
             _evaluate(job, progress, stop)
-        if job.samples:
-            with suppress(KeyboardInterrupt), stop.by_asking_twice():
-                progress.sampled(job.step, job.sample())
+        if job.samples and (texts := _sample(job, stop)):
+            progress.sampled(job.step, texts)
         job.log()
         if not steps.wrong:
             chunk = max(1, min(8 * chunk, int(k * CHUNK_SECONDS / max(seconds, 1e-9))))
@@ -267,9 +315,16 @@ def _evaluate(job: Job, progress: Progress, stop: _Stop) -> None:
     progress.evaluated(job.step, loss, job.judge(loss))
 
 
+def _sample(job: Job, stop: _Stop) -> list[str]:
+    with job.same_draws(), suppress(KeyboardInterrupt), stop.by_asking_twice():
+        return job.sample()
+    return []
+
+
 class _Stop:
-    """What Ctrl-C does in place of an exception in the middle of a step, and SIGTERM: `asked` is from then
-    on the signal that came. What takes long besides steps is left out when one comes twice."""
+    """What Ctrl-C does in place of an exception in the middle of a step, and so do SIGTERM and SIGHUP:
+    `asked` is from then on the signal that came. What takes long besides steps is left out when one comes
+    twice."""
 
     def __init__(self, progress: Progress):
         self.asked = 0
@@ -291,18 +346,3 @@ class _Stop:
             yield
         finally:
             self._long = False
-
-
-@contextmanager
-def _stop_on_signals(progress: Progress) -> Iterator[_Stop]:
-    """Only the main thread gets signals; elsewhere nothing is ever asked."""
-    stop = _Stop(progress)
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

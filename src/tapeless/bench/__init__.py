@@ -18,7 +18,7 @@ from typing import Any
 from tapeless.bench.cases import CASES, TRAINING, Say, Session
 from tapeless.bench.workload import Differs
 from tapeless.errors import ConfigError, did_you_mean
-from tapeless.team import processors
+from tapeless.machine import processors
 
 
 def bench(

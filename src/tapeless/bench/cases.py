@@ -21,7 +21,7 @@ from tapeless.engine import Engine
 from tapeless.flops import forward_flops
 from tapeless.io import runs
 from tapeless.presets import get_preset
-from tapeless.team import processors
+from tapeless.machine import processors
 
 Say = Callable[[str], None]
 

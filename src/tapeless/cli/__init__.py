@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli import convert, data, export, models, runs
+from tapeless.cli import convert, data, export, models, runs, settings
 
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train and run GPTs whose every gradient is written by hand.",
+    help="Train and run GPTs with every gradient written by hand.",
     epilog="Begin with:  tapeless train",
 )
 
@@ -48,5 +48,6 @@ for _command in (
     convert.convert,
     export.export,
     models.presets,
+    settings.settings,
 ):
     app.command()(_command)

@@ -7,46 +7,44 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli.options import option, say
+from tapeless.cli.options import MODEL, option, say
 
 
 def convert(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SRC", help="A run, a Hugging Face folder, an llm.c file, or a name on the hub."
-        ),
+        typer.Argument(metavar="MODEL", help=MODEL),
     ],
     target: Annotated[
         str,
-        typer.Argument(metavar="DST", help="A .bin (llm.c) or .gguf file (llama.cpp), or a folder."),
+        typer.Argument(metavar="DST", help="A .bin (llm.c) or .gguf (llama.cpp) file, or a folder."),
     ],
-    to: Annotated[
-        str | None, option("What a folder is to be: hf (Hugging Face) or run.", "NAME", "hf")
-    ] = None,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="f32 or bf16.")] = "f32",
+    to: Annotated[str | None, option("Kind of folder: hf (Hugging Face) or run.", "NAME", "hf")] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="Precision of the weights: f32 or bf16.")
+    ] = "f32",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Replace what is at DST.")
     ] = False,
     state: Annotated[
         bool,
         typer.Option(
-            "--state", metavar="", help="Write a debug state of llm.c instead: logits, loss, gradients."
+            "--state", metavar="", help="Write an llm.c debug state instead: logits, loss, gradients."
         ),
     ] = False,
     data: Annotated[
-        Path | None, option("With --state: a shard whose first tokens to take.", "FILE", "random tokens")
+        Path | None, option("With --state: a shard to take tokens from.", "FILE", "random tokens")
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="B", help="With --state: texts.")] = 4,
+    batch_size: Annotated[int, typer.Option(metavar="B", help="With --state: texts in the batch.")] = 4,
     block_size: Annotated[
-        int | None, option("With --state: tokens of a text.", "T", "64, or the model's block")
+        int | None, option("With --state: tokens per text.", "T", "64, or the model's context")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="S", help="With --state: seed of random tokens.")] = 42,
+    seed: Annotated[int, typer.Option(metavar="S", help="With --state: seed of the random tokens.")] = 42,
 ) -> None:
     """Convert a model to another program's format.
 
-    The format of SRC is known by its content, that of DST by its name. f32 keeps
-    every bit; bf16 is half as large, and rounds.
+    The format of MODEL is detected; that of DST follows from its name.
+    f32 is exact; bf16 rounds the weights and is half the size.
     """
     from tapeless.convert import convert as convert_model
     from tapeless.errors import ConfigError

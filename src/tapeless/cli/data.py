@@ -13,7 +13,7 @@ from tapeless.cli.options import option, quoted, say
 
 def tokenize(
     texts: Annotated[
-        list[Path], typer.Argument(metavar="TEXT", help="Text files, UTF-8.", show_default=False)
+        list[Path], typer.Argument(metavar="TEXT", help="UTF-8 text files.", show_default=False)
     ],
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder to write the shards into.", show_default=False)
@@ -22,36 +22,34 @@ def tokenize(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="A tokenizer's file or folder; gpt2; or chars, the characters of the texts.",
+            help="A tokenizer file or folder; gpt2; or chars, the characters of the texts.",
             show_default=False,
         ),
     ] = None,
     train_bpe: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Make a new tokenizer of N tokens from the texts.", show_default=False
+            metavar="N", help="Train a new BPE tokenizer of N tokens on the texts.", show_default=False
         ),
     ] = None,
     val_fraction: Annotated[
-        float, typer.Option(metavar="X", help="Share of the text, from its end, that is held out.")
+        float, typer.Option(metavar="X", help="Fraction of the text held out for validation, from its end.")
     ] = 0.1,
     lines: Annotated[
-        bool, typer.Option("--lines", metavar="", help="Each line is a document, not each file.")
+        bool, typer.Option("--lines", metavar="", help="Each line is a document, instead of each file.")
     ] = False,
-    shard_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of a shard; there are several if there are more.")
-    ] = 100_000_000,
+    shard_tokens: Annotated[int, typer.Option(metavar="N", help="Maximum tokens per shard.")] = 100_000_000,
     processes: Annotated[
-        int | None, option("Processes that tokenize.", "N", "the processors, or fewer for a small text")
+        int | None, option("Number of processes.", "N", "the processors, or fewer for a small text")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", metavar="", help="Replace shards and tokenizer in --out.")
+        bool, typer.Option("--overwrite", metavar="", help="Replace the shards and the tokenizer in --out.")
     ] = False,
 ) -> None:
-    """Turn texts into token shards to train on, in llm.c's format.
+    """Tokenize texts into token shards to train on, in llm.c's format.
 
-    Writes NAME_train.bin, NAME_val.bin and tokenizer.json.
-    NAME is the text's own, or the folder's where there are several texts.
+    Writes NAME_train.bin, NAME_val.bin and tokenizer.json. NAME is that of
+    the text, or of the folder if there are several texts.
     """
     from tapeless.data.tokenize import tokenize as tokenize_texts
 

@@ -10,38 +10,34 @@ from typing import Annotated
 
 import typer
 
-from tapeless.cli.options import Settings, option, parse_settings, say
+from tapeless.cli.options import A_MODEL, Settings, option, parse_settings, say
 
 
 def export(
-    source: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A preset, or a trained model: a run folder.")
-    ],
-    to: Annotated[
-        str | None, option("c, esp-idf, arduino, or wasm: a page for the browser.", "KIND", "c")
-    ] = None,
+    source: Annotated[str, typer.Argument(metavar="MODEL", help=f"A preset, or {A_MODEL}")],
+    to: Annotated[str | None, option("c, esp-idf, arduino, or wasm (a web page).", "KIND", "c")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)
     ] = None,
     mode: Annotated[
-        str | None, option("train, generate, or both.", "NAME", "both for a preset, generate for a run")
+        str | None, option("train, generate, or both.", "NAME", "both for a preset, generate for a model")
     ] = None,
     data: Annotated[
         str | None,
-        option(
-            "What it trains on, as for train; with int8 what it is judged on.", "DATA", "names, or the run's"
-        ),
+        option("Training data; with int8, data to measure the loss on.", "DATA", "names, or the run's"),
     ] = None,
     steps: Annotated[int | None, option("Training steps.", "N", "the preset's")] = None,
     set_: Settings = None,
-    seed: Annotated[int | None, option("Seed where the chip has none of its own.", "S", "42")] = None,
-    weights: Annotated[str | None, option("float32, or int8: a quarter of it.", "NAME", "float32")] = None,
+    seed: Annotated[int | None, option("Random seed, unless the chip provides one.", "S", "42")] = None,
+    weights: Annotated[
+        str | None, option("float32, or int8 (quantization; about a quarter of the size).", "NAME", "float32")
+    ] = None,
     target: Annotated[
         str | None,
-        option("Chip that it must fit: see budget --target.", "NAME", "esp32 for esp-idf and arduino"),
+        option("Chip to fit: see tapeless budget --target.", "NAME", "esp32 for esp-idf and arduino"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", metavar="", help="Replace what is at DIR.")
+        bool, typer.Option("--overwrite", metavar="", help="Replace the program in DIR.")
     ] = False,
     show: Annotated[
         bool, typer.Option("--show", metavar="", help="Print the trace instead: every op and its buffers.")
@@ -49,14 +45,14 @@ def export(
     draw: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Draw the memory of the trace as .svg instead.", show_default=False
+            metavar="FILE", help="Draw the trace's memory as an .svg file instead.", show_default=False
         ),
     ] = None,
 ) -> None:
-    """Write a model as a C program for a microcontroller, this machine or the browser.
+    """Export a model as a C program for microcontrollers, desktops or the browser.
 
-    From a preset, the program trains as tapeless train does, then generates; from
-    a trained model it generates.
+    From a preset, the program trains as tapeless train does, then
+    generates. From a trained model, it generates.
     """
     from tapeless.errors import ConfigError
     from tapeless.export.export import export as export_model
@@ -83,7 +79,7 @@ def export(
             say(f"Saved in {draw}.")
         return
     if out is None or not out.name:  # of nothing, or the present folder
-        raise ConfigError("export writes a folder: name it with --out DIR.")
+        raise ConfigError("--out DIR is required.")
     export_model(
         source, to or "c", out, mode=mode, data=data, settings=settings, seed=seed,
         weights=weights or "float32", target=target, overwrite=overwrite, command=_typed(sys.argv[1:]),

@@ -16,29 +16,33 @@ def option(help: str, metavar: str, default: str, *names: str) -> Any:
     )
 
 
+# What a command that takes any model says of its argument MODEL.
+MODEL = "A run folder, a Hugging Face folder, an llm.c file, or a name on the hub."
+A_MODEL = f"a{MODEL[1:]}"  # within a sentence
+
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change any model or training setting, e.g. n_embd=32. May be given again and again.",
+        help="Change any model or training setting, e.g. n_embd=32; repeatable. See tapeless settings.",
         show_default=False,
     ),
 ]
-Threads = Annotated[
-    int | None, option("Threads that share a step.", "N", "the processors, or 1 where a step is small")
-]
+Threads = Annotated[int | None, option("Number of threads.", "N", "the processors, or 1 for small steps")]
 Recompute = Annotated[
     bool | None,
     typer.Option(
         "--recompute",
         metavar="",
-        help="Keep only each layer's input and compute the rest again: less memory, more time.",
+        help="Keep only each layer's input and recompute the rest (gradient checkpointing): less memory, "
+        "more time.",
         show_default=False,
     ),
 ]
 Precision = Annotated[
-    str | None, option("What products read: float32, or bf16, rounded to bfloat16.", "NAME", "the model's")
+    str | None,
+    option("Precision of matmul inputs (mixed precision): float32 or bf16.", "NAME", "the model's"),
 ]
 EngineName = Annotated[str | None, option("cpu (compiled) or reference (NumPy).", "NAME", "cpu")]
 

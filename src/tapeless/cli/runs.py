@@ -1,4 +1,4 @@
-"""Commands that make and use runs: train, sample."""
+"""Commands that make and use runs: train, sample, eval."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from typer.core import TyperCommand
 
 from tapeless.cli.options import (
+    A_MODEL,
+    MODEL,
     EngineName,
     Precision,
     Recompute,
@@ -50,74 +52,77 @@ def train(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Start from a model: a run, a Hugging Face folder of GPT-2, llm.c's .bin file, or a name "
-            "on the Hugging Face hub; without MODEL the preset's name.",
+            help=f"Fine-tune a model: {A_MODEL} Without MODEL: the preset's name on the hub.",
             show_default=False,
         ),
     ] = None,
     val: Annotated[
-        str | None, option("Data to validate on.", "DATA", "NAME_val.bin, or the part held out")
+        str | None, option("Validation data.", "DATA", "NAME_val.bin, or the part held out")
     ] = None,
     steps: Annotated[int | None, option("Optimiser steps.", "N", "the preset's")] = None,
-    batch_size: Annotated[
-        int | None, option("Documents or windows computed at once.", "B", "the preset's")
-    ] = None,
+    batch_size: Annotated[int | None, option("Documents or windows per batch.", "B", "the preset's")] = None,
     block_size: Annotated[
-        int | None, option("Longest document, or length of a window.", "T", "the preset's or model's")
+        int | None,
+        option("Context length: maximum tokens of a document or window.", "T", "the preset's or model's"),
     ] = None,
     total_batch_tokens: Annotated[
-        int | None, option("Tokens of a step, in several batches.", "N", "one batch")
+        int | None, option("Tokens per step (gradient accumulation).", "N", "one batch")
     ] = None,
     order: Annotated[
         str | None,
-        option("shuffle or draw documents; a text by windows, sequence or llmc.", "NAME", "the preset's"),
+        option(
+            "Order of documents: shuffle or draw; of a text: windows, sequence or llmc.",
+            "NAME",
+            "the preset's",
+        ),
     ] = None,
-    lr: Annotated[float | None, option("Highest learning rate.", "X", "the preset's")] = None,
+    lr: Annotated[float | None, option("Peak learning rate.", "X", "the preset's")] = None,
     eval_every: Annotated[
-        int | None, option("Steps between validations; 0: at the end.", "N", "the preset's")
+        int | None, option("Steps between validations; 0: only at the end.", "N", "the preset's")
     ] = None,
     sample_every: Annotated[
-        int | None, option("Steps between texts generated on the way; 0: none.", "N", "the preset's")
+        int | None, option("Steps between samples while training; 0: none.", "N", "the preset's")
     ] = None,
     samples: Annotated[int | None, option("Texts to generate at the end.", "N", "the preset's")] = None,
-    temperature: Annotated[float | None, option("Temperature of those texts.", "X", "the preset's")] = None,
+    temperature: Annotated[float | None, option("Sampling temperature.", "X", "the preset's")] = None,
     set_: Settings = None,
     config: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A TOML file of settings, as for --set, which goes before it.",
+            help="A TOML file of settings; --set overrides it.",
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int | None, option("Seed of everything random.", "S", "42")] = None,
+    seed: Annotated[int | None, option("Random seed.", "S", "42")] = None,
     engine: EngineName = None,
     dtype: Annotated[
-        str | None, option("float32, or float64 on the reference engine.", "NAME", "the engine's")
+        str | None, option("float32, or float64 (reference engine only).", "NAME", "the engine's")
     ] = None,
     threads: Threads = None,
     precision: Precision = None,
     recompute: Recompute = None,
     out: Annotated[
-        Path | None, option("Folder to write the run into.", "DIR", "runs/PRESET-N, the next free N")
+        Path | None, option("Run folder to write.", "DIR", "runs/PRESET-N, the next free N")
     ] = None,
     log_every: Annotated[int, typer.Option(metavar="N", help="Steps between lines of metrics.jsonl.")] = 1,
-    keep: Annotated[
-        int | None, option("Checkpoints to keep, the newest.", "N", "2, one to fall back to")
-    ] = None,
+    keep: Annotated[int | None, option("Newest checkpoints to keep.", "N", "2, one to fall back to")] = None,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", metavar="", help="Go on with the run in --out, or with the preset's latest."
+            "--resume",
+            metavar="",
+            help="Go on with the run in --out, or with the preset's latest; begin it if there is none.",
         ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Replace the run in --out.")
     ] = False,
 ) -> None:
-    """Train a model and let it generate.
+    """Train a model, then generate samples.
 
     Without arguments: microgpt on the built-in names.
+    Ctrl-C stops and saves; --resume goes on.
     """
     from tapeless.errors import ConfigError, RunError
     from tapeless.generate import listed
@@ -144,9 +149,9 @@ def train(
     if out is None:
         get_preset(name)
         existing = folders.numbered_runs(name)
-        if resume and not existing:
+        if resume and not existing and data is None and preset is None and pretrained is None:
             raise RunError(f"there is no run runs/{name}-N to resume: name its folder with --out.")
-        out = existing[max(existing)] if resume else folders.next_run(name)
+        out = existing[max(existing)] if resume and existing else folders.next_run(name)
     try:
         run = train_model(
             data, preset, seed=seed, engine=engine, dtype=dtype, threads=threads, out=out, set=settings,
@@ -172,25 +177,26 @@ def train(
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")] = "",
-    n: Annotated[int, typer.Option("-n", "--n", metavar="N", help="How many texts.")] = 20,
-    temperature: Annotated[
-        float, typer.Option(metavar="X", help="0 takes the likeliest token each time.")
-    ] = 0.5,
+    n: Annotated[int, typer.Option("-n", "--n", metavar="N", help="Number of texts.")] = 20,
+    temperature: Annotated[float, typer.Option(metavar="X", help="Sampling temperature; 0 is greedy.")] = 0.5,
     top_k: Annotated[
-        int, typer.Option(metavar="K", help="Keep only the K likeliest tokens; 0 keeps all.")
+        int, typer.Option(metavar="K", help="Sample from the K likeliest tokens; 0: from all.")
     ] = 0,
     top_p: Annotated[
-        float, typer.Option(metavar="P", help="Keep the likeliest tokens that together reach P.")
+        float,
+        typer.Option(
+            metavar="P", help="Sample from the likeliest tokens that together reach probability P (nucleus)."
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the draws.")] = 42,
-    max_tokens: Annotated[int | None, option("New tokens at most.", "M", "fill the block")] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Sampling seed.")] = 42,
+    max_tokens: Annotated[int | None, option("Maximum new tokens.", "M", "up to the context length")] = None,
     engine: EngineName = None,
     threads: Threads = None,
     precision: Precision = None,
 ) -> None:
-    """Generate texts with a trained model."""
+    """Generate texts with a model."""
     from tapeless.data.tokenizers import REMEDY
     from tapeless.generate import generate, listed
     from tapeless.init import generator
@@ -207,25 +213,21 @@ def sample(
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A run folder, or another model as for --pretrained.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     data: Annotated[
         str | None,
         typer.Argument(
             metavar="DATA",
-            help="A text, token shards, or a built-in data set. [dim]\\[default: what the run was validated "
-            "on][/]",
+            help="A text file, token shards, or a built-in data set. [dim]\\[default: the run's validation "
+            "data][/]",
             show_default=False,
         ),
     ] = None,
     stride: Annotated[
-        int | None, option("Tokens from one window to the next.", "N", "a window's: no overlap")
+        int | None, option("Tokens from one window to the next.", "N", "the window's length: no overlap")
     ] = None,
-    block_size: Annotated[int | None, option("Length of a window.", "T", "the model's")] = None,
-    batch_size: Annotated[
-        int | None, option("Windows computed at once.", "B", "1,024 tokens, roughly")
-    ] = None,
+    block_size: Annotated[int | None, option("Window length.", "T", "the model's context")] = None,
+    batch_size: Annotated[int | None, option("Windows per batch.", "B", "about 1,024 tokens")] = None,
     lines: Annotated[
         bool | None,
         typer.Option(
@@ -240,10 +242,10 @@ def evaluate(
     precision: Precision = None,
     json: Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tell how well a model predicts a text: loss, perplexity, bits per byte.
+    """Evaluate a model on a text: loss, perplexity, bits per byte.
 
-    Every token is scored once. With --stride windows overlap, and a window
-    scores the tokens that are new: these then have more to go by.
+    Every token is scored once. With --stride, windows overlap, and each
+    scores only its new tokens, which then have more context.
     """
     from tapeless.evaluate import evaluate as score
     from tapeless.model import load
@@ -254,8 +256,8 @@ def evaluate(
     if data is None:
         what = held_out(Path(model))
     loaded = load(model, "cpu" if engine is None else engine, threads=threads, precision=precision)
-    loaded.engine.notice = lambda: say(COMPILING)
-    with Counting() as told:
+    with Counting("tokens") as told:
+        loaded.engine.notice = lambda: told.say(COMPILING)
         result = score(
             loaded, what, stride, block_size=block_size, lines=lines, batch_size=batch_size, told=told
         )

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tapeless import hub
+from tapeless.data.added import completed
 from tapeless.data.texts import pieces
-from tapeless.errors import DataError, RunError
+from tapeless.errors import DataError, RunError, install
 
 END = "<|endoftext|>"  # stands between documents
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 LEAST = 257  # tokens: the bytes, and END
 
 
@@ -22,14 +24,18 @@ class BPETokenizer:
     as the tokenizer does not normalise texts (GPT-2's does not), and all 256 bytes are in its vocabulary.
     Text with another byte is refused, unless the tokenizer has a token for what it does not know.
 
-    `bos` is the token `<|endoftext|>`, which a text may also contain spelled out, or None.
+    `bos` is the token that the tokenizer puts before a text (see `template`), or else `<|endoftext|>`, which
+    a text may also contain spelled out, or None.
 
-    `description` is the library's JSON, as in Hugging Face's tokenizer.json.
+    `description` is the library's JSON, as in Hugging Face's tokenizer.json. Its limits (truncation, padding)
+    are not used, and a decoder that it lacks is GPT-2's.
     Raises `DataError` if it describes no byte-level BPE, or the library is not there.
     """
 
     def __init__(self, description: dict[str, Any]):
         _check(description)
+        if description.get("decoder") is None:
+            description = description | {"decoder": BYTE_LEVEL}
         lib = library()
         try:
             with _no_panic():
@@ -40,12 +46,28 @@ class BPETokenizer:
             raise DataError(f"it describes no tokenizer: {error}.") from None
         self._library.no_truncation()
         self._library.no_padding()
-        self.bos: int | None = self._library.token_to_id(END)
+        self._check_ids(description.get("added_tokens") or ())
+        self.template = _template(description.get("post_processor"))
+        begins = self.template[0]
+        self.bos: int | None = begins[0] if len(begins) == 1 else self._library.token_to_id(END)
         vocab, unknown = description["model"]["vocab"], description["model"].get("unk_token")
         # The library would leave these out of a text without a word.
         self._missing = {
             byte[0] for letter, byte in _alphabet().items() if not {letter, unknown} & vocab.keys()
         }
+
+    def _check_ids(self, added: Iterable[Mapping[str, Any]]) -> None:
+        """The library numbers added tokens itself, one after the other, whatever the file says."""
+        for token in added:
+            given, taken = token["id"], self._library.token_to_id(token["content"])
+            if given != taken:
+                raise DataError(
+                    f"it gives the added token {token['content']!r} the id {given}, where its vocabulary has "
+                    f"{taken}."
+                )
+        ids = self._library.get_vocab(with_added_tokens=True)
+        if len(set(ids.values())) < len(ids):
+            raise DataError("it gives an added token the id of another token.")
 
     @cached_property
     def vocab_size(self) -> int:
@@ -79,11 +101,18 @@ class BPETokenizer:
         with _no_panic():
             return self._library.decode(known, skip_special_tokens=False)
 
+    def spelled(self) -> list[str]:
+        """Each token as the vocabulary has it; "" for an id that no token has."""
+        return [self._library.id_to_token(t) or "" for t in range(self.vocab_size)]
+
     def token_bytes(self) -> list[bytes]:
         """An id that no token has stands for no bytes."""
-        spelled = [self._library.id_to_token(t) or "" for t in range(self.vocab_size)]
         bytes_of = _alphabet()
-        return [b"".join([bytes_of.get(c) or c.encode() for c in letters]) for letters in spelled]
+        # As the library decodes: a token of other letters, which was added, stands for its own text.
+        return [
+            b"".join([bytes_of[c] for c in token]) if bytes_of.keys() >= set(token) else token.encode()
+            for token in self.spelled()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(self._library.to_str())
@@ -120,7 +149,7 @@ def library() -> Any:
         import tokenizers
     except ImportError:
         raise DataError(
-            "GPT-2's kind of tokenizer needs the tokenizers library: pip install 'tapeless[bpe]'."
+            f"GPT-2's kind of tokenizer needs the tokenizers library: {install('bpe')}."
         ) from None
     return tokenizers
 
@@ -137,8 +166,14 @@ def _check(description: dict[str, Any]) -> None:
         types = set(_types([description.get("normalizer"), description.get("decoder")]))
         if odd := types & {"Replace", "Precompiled"}:
             raise DataError(f"it uses {min(odd)}, which no byte-level BPE needs.")
-        if model.get("continuing_subword_prefix"):
-            raise DataError("it has a continuing_subword_prefix, which no byte-level BPE needs.")
+        for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(affix):
+                raise DataError(f"it has a {affix}, which no byte-level BPE needs.")
+        if model.get("dropout"):
+            raise DataError(
+                f"it has a dropout of {model['dropout']}, which gives a text other tokens every time: "
+                "set it to null."
+            )
         token_of: dict[int, str] = {}
         for token, i in model["vocab"].items():
             if (first := token_of.setdefault(i, token)) != token:
@@ -165,6 +200,26 @@ def _types(part: Any) -> Iterator[str]:
         yield from _types(each)
 
 
+def _template(part: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that a post-processor puts before a text, and after it."""
+    before: list[int] = []
+    after: list[int] = []
+    for each in part.get("processors") or [part] if isinstance(part, dict) else ():
+        try:
+            if each.get("type") == "TemplateProcessing":
+                side = before
+                for piece in each["single"]:
+                    if "Sequence" in piece:
+                        side = after
+                    else:
+                        side += each["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+            elif each.get("type") == "RobertaProcessing":
+                before, after = [each["cls"][1]], [each["sep"][1]]
+        except (KeyError, TypeError, AttributeError, IndexError):
+            raise DataError("its post_processor describes no template.") from None
+    return before, after
+
+
 def from_bytes(tokens: Sequence[bytes], merges: Iterable[tuple[bytes, bytes]]) -> BPETokenizer:
     """GPT-2's way with these tokens, in order of their ids, and these merges, in theirs."""
     letter_of = {byte[0]: letter for letter, byte in _alphabet().items()}
@@ -178,34 +233,39 @@ def from_bytes(tokens: Sequence[bytes], merges: Iterable[tuple[bytes, bytes]]) -
 
 def _describe(vocab: Mapping[str, int], merges: list[list[str]]) -> dict[str, Any]:
     """GPT-2's way with this vocabulary and these merges."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
         "added_tokens": [{"id": vocab[END], "content": END} | plain] if END in vocab else [],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
+        "pre_tokenizer": BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
 
 
 def read_pair(vocab: Path, merges: Path) -> BPETokenizer:
-    """The tokenizer of GPT-2's own files: vocab.json and merges.txt, or encoder.json and vocab.bpe.
+    """The tokenizer of GPT-2's own files: vocab.json and merges.txt, or encoder.json and vocab.bpe, with the
+    tokens that other files of the folder add.
 
     Raises `DataError` if they cannot be read, or do not belong together.
     """
     path = vocab
     try:
-        tokens = json.loads(vocab.read_text(encoding="utf-8"))
+        tokens = json.loads(vocab.read_text(encoding="utf-8-sig"))
         path = merges
-        lines = merges.read_text(encoding="utf-8").split("\n")
+        lines = merges.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
     except (ValueError, RecursionError):
         raise DataError(f"{path} is damaged: it is no {'JSON' if path == vocab else 'text'}.") from None
     pairs = [line.split() for line in lines[lines[0].startswith("#version") :] if line.strip()]
     try:
-        return BPETokenizer(_describe(tokens, pairs))
+        described = _describe(tokens, pairs)
+    except TypeError as error:
+        raise DataError(f"{vocab} and {merges.name} do not belong together: {error}") from None
+    described = completed(described, vocab.parent)
+    try:
+        return BPETokenizer(described)
     except (DataError, TypeError) as error:
         raise DataError(f"{vocab} and {merges.name} do not belong together: {error}") from None
 

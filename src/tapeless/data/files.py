@@ -9,11 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tapeless.data.shards import FORMATS, OTHERS, magic_number
-from tapeless.errors import DataError
+from tapeless.data.shards import FORMATS, OTHERS, is_npy, magic_number
+from tapeless.errors import DataError, argument
 
-# shakespeare_train.bin, fineweb_val_000000.bin, train.bin
-NAME = re.compile(r"(?:(?P<name>.+)_)?(?P<split>train|val)(?P<number>_\d+)?\.bin")
+KINDS = (".bin", ".npy")
+# shakespeare_train.bin, fineweb_val_000000.bin, train.bin, fineweb-train-1.bin, edufineweb_train_000001.npy,
+# train-00000-of-00010.bin
+NAME = re.compile(
+    r"(?:(?P<name>.+)[-_.])?(?P<split>train|val)(?:(?<=val)(?:id|idation))?"
+    r"(?P<number>[-_.]\d+(?:-of-\d+)?)?(?P<kind>\.bin|\.npy)"
+)
+# What a file to validate on, or to test on, has somewhere in its name: validation_shard_0.npy
+HELD = re.compile(r"(?:^|[-_.])(?:(val|valid|validation)|test|eval|dev)(?:[-_.]|$)")
 
 
 class TokenFiles(NamedTuple):
@@ -29,10 +36,10 @@ Set = tuple[Path, str | None]  # the folder and NAME of a data set
 
 def is_tokens(source: str | Path) -> bool:
     """Whether `source` means token files, not a text: a folder, a glob, a name below a folder, or a
-    file that is called .bin or begins as a shard does."""
+    file that is called .bin, .npy or .npz, or begins as one does."""
     path = Path(source)
     if path.is_file():
-        return path.suffix == ".bin" or magic_number(path) in FORMATS
+        return path.suffix in (*KINDS, ".npz") or magic_number(path) in FORMATS or is_npy(path)
     return path.is_dir() or bool(_globbed(path)) or bool(_sets_called(path))
 
 
@@ -44,9 +51,11 @@ def find_tokens(source: str | Path, paired: bool = True) -> TokenFiles:
     matches, those named *_val* to validate on; where it matches none of them, those beside the others.
     A folder: the pairs NAME_train.bin, NAME_val.bin (or NAME_train_000001.bin …) anywhere below it,
     beside each other or not; where there are none, the token files in it. FOLDER/NAME: of several pairs
-    below a folder, the ones of that name.
+    below a folder, the ones of that name. Files may be .npy, too, and "-" or "." stand for "_", "valid" or
+    "validation" for "val".
 
-    Raises `DataError` if there is nothing of that kind, or more than one data set.
+    Raises `DataError` if there is nothing of that kind, more than one data set, or a file whose name does
+    not tell whether it is to be trained on.
     """
     path = Path(source)
     if path.is_file():
@@ -54,8 +63,7 @@ def find_tokens(source: str | Path, paired: bool = True) -> TokenFiles:
     if path.is_dir():
         return _only(_sets(path), path, paired) or _unnamed(path)
     if matched := _globbed(path):
-        val = [p for p in matched if _split(p) == "val"]
-        train = [p for p in matched if p not in set(val)]
+        train, val = _divided(matched)
         if not train:
             raise DataError(f"{source} only matches files to validate on: {_listed(val)}.")
         return TokenFiles(path.name, train, val or _beside(train))
@@ -67,15 +75,32 @@ def find_tokens(source: str | Path, paired: bool = True) -> TokenFiles:
     )
 
 
-def _split(path: Path) -> str | None:
-    match = NAME.fullmatch(path.name)
-    return match["split"] if match else None
+def _divided(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files to train on, and those to validate on, by their names."""
+    train, val, unclear = [], [], []
+    for path in paths:
+        if match := NAME.fullmatch(path.name):
+            (train if match["split"] == "train" else val).append(path)
+        elif held := HELD.search(path.stem):
+            (val if held[1] else unclear).append(path)
+        else:
+            train.append(path)
+    if unclear and train:
+        raise DataError(
+            f"{_listed(unclear)}: the name says that this is not to train on. Choose by a glob what is, and what "
+            "to validate on by --val."
+        )
+    return [*train, *unclear], val
 
 
 def _globbed(path: Path) -> list[Path]:
     if not glob.has_magic(str(path)):
         return []
     return [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
+
+
+def _token_files(folder: Path) -> list[Path]:
+    return sorted(p for kind in KINDS for p in folder.glob(f"*{kind}") if p.is_file())
 
 
 def _beside(train: list[Path]) -> list[Path]:
@@ -85,11 +110,11 @@ def _beside(train: list[Path]) -> list[Path]:
 
 
 def _files(folder: Path, name: str | None, split: str) -> list[Path]:
-    matches = [(m, p) for p in sorted(folder.glob("*.bin")) if (m := NAME.fullmatch(p.name))]
+    matches = [(m, p) for p in _token_files(folder) if (m := NAME.fullmatch(p.name))]
     found = [(m, p) for m, p in matches if (m["name"], m["split"]) == (name, split)]
-    if len({m["number"] is None for m, _ in found}) > 1:
+    if len(found) > 1 and (any(m["number"] is None for m, _ in found) or len({m["kind"] for m, _ in found}) > 1):
         raise DataError(
-            f"{folder} has one file and numbered ones of the same data: "
+            f"{folder} has the same data in one file and in numbered ones, or twice: "
             f"{_listed(p for _, p in found)}. Remove some, or choose by a glob."
         )
     return [p for _, p in found]
@@ -140,23 +165,23 @@ def _only(sets: list[Set], source: Path, paired: bool) -> TokenFiles | None:
         if len(elsewhere) > 1:
             raise DataError(
                 f"{root} has several sets to validate on that go with {train[0]}: "
-                f"{_listed(files[0] for files in elsewhere)}. Choose one, as --val when training."
+                f"{_listed(files[0] for files in elsewhere)}. Choose one, as {argument('val')} when training."
             )
         val = elsewhere[0] if elsewhere else []
     return TokenFiles(name or folder.name, train, val)
 
 
 def _unnamed(folder: Path) -> TokenFiles:
-    files = [p for p in sorted(folder.glob("*.bin")) if p.is_file()]
-    tokens = [p for p in files if magic_number(p) not in OTHERS]
+    tokens = [p for p in _token_files(folder) if magic_number(p) not in OTHERS]
     if not tokens:
         raise DataError(
             f"{folder} has no token files: it is a folder with neither NAME_train.bin anywhere below it nor "
-            "*.bin in it."
+            "*.bin or *.npy in it."
         )
-    if len(val := [p for p in tokens if _split(p) == "val"]) == len(tokens):
+    train, val = _divided(tokens)
+    if not train:
         raise DataError(f"{folder} only has files to validate on: {_listed(val)}. Expected NAME_train.bin.")
-    return TokenFiles(folder.name, [p for p in tokens if p not in val], val)
+    return TokenFiles(folder.name, train, val)
 
 
 def _listed(paths: Iterable[Path]) -> str:

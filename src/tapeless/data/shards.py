@@ -1,30 +1,31 @@
 """Token shards: files of token ids, of which only what a step needs is read; and what writes them.
 
 A shard begins with a header of 256 int32, of which three are used: magic, version, number of tokens.
-The tokens follow, little-endian. This is llm.c's format; `FORMATS` has its two kinds. A file without
-a header holds nothing but int32 tokens. Such a file is known by its content: its size is a multiple of
-4, it does not begin with a magic number of llm.c's, and what it begins with are tokens of the
-vocabulary.
+The tokens follow, little-endian. This is llm.c's format; `FORMATS` has its two kinds. A `.npy` file holds
+a one-dimensional array of integers. Files without a header, as nanoGPT writes them, hold nothing but
+token ids: see `tapeless.data.headerless`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from tapeless.errors import DataError
+from tapeless import files
+from tapeless.data import headerless
+from tapeless.errors import DataError, Notice
 from tapeless.regular import open_regular
 
 HEADER = 1024  # bytes
-SAMPLE = 2**16  # tokens looked at to know a file without a header
+NPY = b"\x93NUMPY"  # what an array saved by NumPy begins with
 MOST = 2**31 - 1  # tokens of a shard: its header counts them in an int32
 
 
@@ -42,6 +43,7 @@ OTHERS = {
     20240327: "an llm.c debug state",
     20240328: "an llm.c tokenizer",
     20240522: "an llm.c multiple-choice evaluation",
+    int.from_bytes(b"PK\3\4", "little"): "a zip archive, such as .npz or PyTorch's; save the ids by np.save",
 }
 
 
@@ -86,56 +88,97 @@ def magic_number(path: Path) -> int | None:
     return int.from_bytes(start, "little", signed=True) if len(start) == 4 else None
 
 
-def open_shard(path: Path, vocab_size: int) -> Shard:
-    """Find out how a file holds its tokens, from its header or its content.
+def is_npy(path: Path) -> bool:
+    """Whether a file begins as an array saved by NumPy does."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(NPY)) == NPY
+    except OSError:
+        return False
 
-    Raises `DataError` if it cannot be read, is no token file, or its size is not what it should be.
+
+def open_shard(path: Path, vocab_size: int, token_dtype: str = headerless.AUTO) -> Shard:
+    """Return where the tokens of a file are, from its header, its content or, without a header, `token_dtype`.
+
+    Raises `DataError` if it cannot be read, does not hold token ids, its size is not what it should be, or
+    its header says something else than `token_dtype`.
     """
     try:
         if path.is_dir() or not path.is_file():
             raise DataError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; expected token ids.")
         size = path.stat().st_size
         with open(path, "rb") as file:
-            start = file.read(max(HEADER, 4 * SAMPLE))
+            start = file.read(max(HEADER, headerless.SAMPLE))
+            shape, dtype, begin = _array(path, file) if start.startswith(NPY) else ((), None, 0)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
-    words = np.frombuffer(start, "<i4", len(start) // 4)
-    magic = int(words[0]) if len(words) else 0
-    if magic in OTHERS:
-        raise DataError(f"{path} is {OTHERS[magic]}; expected token ids.")
-    if magic not in FORMATS:
-        return _headerless(path, size, words, vocab_size)
+    if dtype is not None:
+        shard = _npy_shard(path, size, shape, dtype, begin)
+    else:
+        magic = int.from_bytes(start[:4], "little", signed=True) if len(start) >= 4 else 0
+        if magic in OTHERS:
+            raise DataError(f"{path} is {OTHERS[magic]}; expected token ids.")
+        if magic not in FORMATS:
+            dtype = headerless.find_dtype(path, size, start, vocab_size, token_dtype)
+            return Shard(path, dtype, 0, size // dtype.itemsize)
+        shard = _llmc_shard(path, size, start, magic)
+    if token_dtype not in (headerless.AUTO, shard.dtype.name):
+        raise DataError(
+            f"the header of {path} says that its tokens are {shard.dtype.name}, not {token_dtype}: "
+            "leave token_dtype out."
+        )
+    return shard
+
+
+def _llmc_shard(path: Path, size: int, start: bytes, magic: int) -> Shard:
     versions, dtype = FORMATS[magic]
     if size < HEADER:
         raise DataError(f"{path} is truncated: it has {size} bytes, its header alone has {HEADER}.")
-    version, count = int(words[1]), int(words[2])
+    version, count = (int(word) for word in np.frombuffer(start, "<i4", 2, offset=4))
     if version not in versions:
         known = " or ".join(map(str, versions))
         raise DataError(f"{path} has version {version} of the token format {magic}; expected {known}.")
     if count < 1:
         raise DataError(f"{path} holds no tokens: its header counts {count}.")
-    if size != (expected := HEADER + count * dtype.itemsize):
+    _check_size(path, size, HEADER + count * dtype.itemsize, count)
+    return Shard(path, dtype, HEADER, count)
+
+
+def _array(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, int]:
+    """The shape and dtype of an array that `np.save` wrote, and where its numbers begin."""
+    npy = np.lib.format
+    file.seek(0)
+    try:
+        version = npy.read_magic(file)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+        if read is None:
+            raise DataError(f"{path} has version {version[0]}.{version[1]} of NumPy's format; expected 1.0.")
+        shape, _, dtype = read(file)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, EOFError):
+        raise DataError(f"{path} is damaged: it begins as NumPy's .npy, but its header is invalid.") from None
+    return shape, dtype, file.tell()
+
+
+def _npy_shard(path: Path, size: int, shape: tuple[int, ...], dtype: np.dtype, begin: int) -> Shard:
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise DataError(
+            f"{path} holds an array of {dtype} of shape {list(shape)}; expected integer token ids in one "
+            "dimension."
+        )
+    count = shape[0]
+    if count < 1:
+        raise DataError(f"{path} holds no tokens: its header counts {count}.")
+    _check_size(path, size, begin + count * dtype.itemsize, count)
+    return Shard(path, dtype, begin, count)
+
+
+def _check_size(path: Path, size: int, expected: int, count: int) -> None:
+    if size != expected:
         wrong = "truncated" if size < expected else "too long"
         raise DataError(
             f"{path} is {wrong}: it has {size:,} bytes, but its header counts {count:,} tokens, "
             f"which makes {expected:,}."
         )
-    return Shard(path, dtype, HEADER, count)
-
-
-def _headerless(path: Path, size: int, words: np.ndarray, vocab_size: int) -> Shard:
-    magics = " or ".join(map(str, FORMATS))
-    expected = f"expected a header that begins with {magics}, or nothing but int32 token ids"
-    if not size:
-        raise DataError(f"{path} is empty; {expected}.")
-    wrong = np.flatnonzero(words.view("<u4") >= vocab_size)
-    if len(wrong):
-        i = int(wrong[0])
-        what = f"begins with {words[i]}" if i == 0 else f"has {words[i]} as its int32 number {i:,}"
-        raise DataError(f"{path} {what}; {expected} below {vocab_size:,}.")
-    if size % 4:
-        raise DataError(f"{path} has {size:,} bytes, no multiple of 4; {expected}.")
-    return Shard(path, np.dtype("<i4"), 0, size // 4)
 
 
 class Shards:
@@ -149,11 +192,26 @@ class Shards:
 
     spans = None
 
-    def __init__(self, paths: Sequence[Path], vocab_size: int):
-        self.files = [open_shard(path, vocab_size) for path in paths]
+    def __init__(self, paths: Sequence[Path], vocab_size: int, token_dtype: str = headerless.AUTO):
+        self.files = [open_shard(path, vocab_size, token_dtype) for path in paths]
+        if token_dtype == headerless.AUTO:
+            self._tell_guesses()
         self.names = [str(path) for path in paths]
         self.pieces = np.cumsum([0, *(shard.size for shard in self.files)], dtype=np.int64)
         self.vocab_size = vocab_size
+
+    def _tell_guesses(self) -> None:
+        """Say how files without a header were read. int32 goes without saying, as the documentation has it."""
+        guessed = [shard for shard in self.files if not shard.begin and shard.dtype.name != "int32"]
+        if guessed:
+            first, more = guessed[0], f" and {len(guessed) - 1} more" if len(guessed) > 1 else ""
+            warnings.warn(
+                Notice(
+                    f"{first.path}{more} without a header: read as {first.dtype.name}. "
+                    "If it is something else, give --token-dtype."
+                ),
+                stacklevel=4,
+            )
 
     @cached_property
     def digest(self) -> str:
@@ -186,6 +244,9 @@ class Shards:
             runs = np.flatnonzero(piece == k)
             ranges = np.stack([begins[runs], ends[runs]], axis=1) - self.pieces[k]
             for run, tokens in zip(runs, self.files[k].read(ranges.tolist()), strict=True):
+                if tokens.dtype.itemsize > 4:  # cut to 32 bits, an invalid id could become a valid one
+                    wide = tokens.astype(np.int64)
+                    tokens = np.where((wide < 0) | (wide >= self.vocab_size), -1, wide)
                 stream[places[run] : places[run] + sizes[run]] = tokens
         if stream.view(np.uint32).max(initial=0) >= self.vocab_size:
             at = int(np.argmax(stream.view(np.uint32) >= self.vocab_size))
@@ -224,7 +285,7 @@ class ShardWriter:
         self._file.seek(0)
         self._file.write(header.tobytes())
         self._file.flush()
-        os.fsync(self._file.fileno())
+        files.flush(self._file.fileno())
         self._file.close()
 
     def taken_back(self) -> np.ndarray:

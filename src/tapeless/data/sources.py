@@ -13,7 +13,7 @@ from tapeless.data.documents import BUILT_IN, Corpus, read_documents
 from tapeless.data.files import find_tokens, is_tokens
 from tapeless.data.orders import Tokens
 from tapeless.data.shards import Shards
-from tapeless.data.tokenizers import Tokenizer, find_tokenizer, make_tokenizer, read_tokenizer
+from tapeless.data.tokenizers import Tokenizer, find_tokenizer, is_padded, make_tokenizer, read_tokenizer
 from tapeless.errors import ConfigError, DataError
 
 
@@ -57,9 +57,9 @@ def open_data(
     NAME_train.bin, or `val_fraction` of a text.
 
     `tokenizer` is one, `owner`'s, or the kind of one (see `make_tokenizer`), or None if it is not known;
-    token files may have theirs beside them, which must be the same. `vocab_size` must be theirs, if it
-    is given; where nobody knows their tokenizer it is `usual_vocab`. `lines`: each line of a text is a
-    document; what of it is longer than `longest` tokens is cut off.
+    token files may have theirs beside them, which must be the same. `vocab_size` may be larger than the
+    tokenizer's, which is its default; where nobody knows the tokenizer it is `usual_vocab`. `lines`: each
+    line of a text is a document; what of it is longer than `longest` tokens is cut off.
 
     Raises `DataError` for what cannot be read, `ConfigError` for vocabularies that differ.
     """
@@ -110,12 +110,12 @@ def open_data(
 def _vocabulary(source: str | Path, tokenizer: Tokenizer | None, vocab_size: int | None) -> int | None:
     if tokenizer is None:
         return vocab_size
-    if vocab_size not in (None, tokenizer.vocab_size):
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise ConfigError(
-            f"vocab_size is {vocab_size:,}, but {source} has {tokenizer.vocab_size:,} tokens: they must be "
-            "the same."
+            f"vocab_size is {vocab_size:,}, but the tokenizer of {source} has {tokenizer.vocab_size:,} "
+            "tokens; expected at least as many."
         )
-    return tokenizer.vocab_size
+    return vocab_size or tokenizer.vocab_size
 
 
 def check_tokenizer(
@@ -127,9 +127,11 @@ def check_tokenizer(
         if (path := find_tokenizer(folder)) is None:
             continue
         theirs = read_tokenizer(path)
-        if theirs.vocab_size != vocab_size or (
-            tokenizer is not None and theirs.token_bytes() != tokenizer.token_bytes()
-        ):
+        if tokenizer is None:
+            same = is_padded(vocab_size, theirs.vocab_size)
+        else:
+            same = theirs.token_bytes() == tokenizer.token_bytes()
+        if not same:
             raise ConfigError(
                 f"{path}, beside the tokens, is another tokenizer ({theirs.vocab_size:,} tokens) than that "
                 f"of {owner} ({vocab_size:,} tokens): tokenize the text with that one."

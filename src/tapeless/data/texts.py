@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tapeless.errors import DataError
+from tapeless.errors import DataError, argument
 
 BLOCK = 2**18  # characters of a block, roughly
 LONGEST = 2**24  # characters of a line that is a document
@@ -75,7 +75,7 @@ class Texts:
                     if len(rest) > LONGEST:
                         raise DataError(
                             f"{path} has a line of more than {LONGEST:,} characters, too long for a "
-                            "document of its own: leave --lines out."
+                            f"document of its own: leave {argument('lines')} out."
                         )
                     break
                 yield Block(rest[:end], opens, held_out)

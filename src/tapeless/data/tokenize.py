@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,8 +19,9 @@ from tapeless.data.shards import MOST, OTHERS, ShardWriter, magic_number
 from tapeless.data.texts import BLOCK, Texts
 from tapeless.data.tokenizers import CharTokenizer, Tokenizer, find_tokenizer, read_tokenizer
 from tapeless.data.workers import documents, encoded, trained
-from tapeless.errors import DataError
-from tapeless.team import processors
+from tapeless.errors import DataError, argument
+from tapeless.files import flush_folder, replace, write_text
+from tapeless.machine import processors
 
 TOKENIZER = "tokenizer.json"
 MAX_VOCAB = 2**20
@@ -79,7 +80,7 @@ def tokenize(
     if processes is not None:
         whole("processes", processes, 1, 1024)
     if (tokenizer is None) == (train_bpe is None):
-        raise DataError("give either --tokenizer or --train-bpe.")
+        raise DataError(f"give either {argument('tokenizer')} or {argument('train_bpe')}.")
     if train_bpe is not None:
         whole("train_bpe", train_bpe, LEAST, MAX_VOCAB)
     source = Texts(texts, val_fraction, lines)
@@ -101,8 +102,8 @@ def tokenize(
                 for split in splits:
                     split.abandon()
             if not counts[0]:
-                raise DataError("there is no text left to train on: hold out less (--val-fraction).")
-            (part / TOKENIZER).write_text(json.dumps(used.to_dict(), ensure_ascii=False) + "\n", "utf-8")
+                raise DataError(f"there is no text left to train on: lower {argument('val_fraction')}.")
+            write_text(part / TOKENIZER, json.dumps(used.to_dict(), ensure_ascii=False) + "\n")
             shards = _publish(part, out, name, counts)
     finally:
         progress.finish()
@@ -145,7 +146,9 @@ def _refuse_tokenizer(out: Path, name: str, tokenizer: Tokenizer, overwrite: boo
     if read_tokenizer(there).token_bytes() != tokenizer.token_bytes():
         if others:
             raise DataError(f"{there} is another tokenizer, which {others[0]} needs: choose another folder.")
-        raise DataError(f"{there} is another tokenizer: choose another folder, or --overwrite.")
+        raise DataError(
+            f"{there} is another tokenizer: choose another folder, or {argument('overwrite', True)}."
+        )
 
 
 # ---------------------------------------------------------------- shards
@@ -184,7 +187,7 @@ class _Split:
         done = [(writer.path, writer.count) for writer in self._writers]
         if len(done) == 1:
             only = self._stem.with_name(f"{self._stem.name}.bin")
-            os.replace(done[0][0], only)
+            replace(done[0][0], only)
             return [(only, done[0][1])]
         return done
 
@@ -194,15 +197,24 @@ class _Split:
 
 
 def _existing(out: Path, name: str) -> list[Path]:
-    return [p for p in out.glob("*.bin") if (m := NAME.fullmatch(p.name)) and m["name"] == name]
+    """The shards in the folder that an earlier `tokenize` wrote for this name."""
+    ours = re.compile(re.escape(name) + r"_(train|val)(_\d+)?\.bin")
+    return [path for path in out.glob("*.bin") if ours.fullmatch(path.name)]
 
 
 def _refuse(out: Path, name: str, overwrite: bool) -> None:
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise DataError(f"{there} is a file; expected a folder for the shards.")
-    if not overwrite and (existing := _existing(out, name)):
-        raise DataError(f"{existing[0]} is already there: choose another folder, or --overwrite.")
+    existing = _existing(out, name)
+    if existing and not overwrite:
+        raise DataError(
+            f"{existing[0]} already exists: choose another folder, or {argument('overwrite', True)}."
+        )
+    # Of the same data set, though tokenize never wrote it: both would be trained on.
+    for path in sorted(out.glob("*")):
+        if path not in existing and (match := NAME.fullmatch(path.name)) and match["name"] == name:
+            raise DataError(f"{path} is of the same data set {name}: move it away, or choose another folder.")
 
 
 @contextmanager
@@ -226,16 +238,17 @@ def _aside(out: Path, name: str) -> Iterator[Path]:
 def _publish(part: Path, out: Path, name: str, counts: list[Any]) -> list[Written]:
     """Put what is complete in its place, and remove the shards that it replaces."""
     old = _existing(out, name)
-    os.replace(part / TOKENIZER, out / TOKENIZER)
+    replace(part / TOKENIZER, out / TOKENIZER)
     written = []
     for held_out, files in enumerate(counts):
         for path, tokens in files:
-            os.replace(path, out / path.name)
+            replace(path, out / path.name)
             written.append(Written(out / path.name, tokens, bool(held_out)))
     new = {shard.path for shard in written}
     for path in old:
         if path not in new:
             path.unlink()
+    flush_folder(out)
     return written
 
 

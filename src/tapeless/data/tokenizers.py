@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tapeless.data.added import completed
 from tapeless.data.bpe import BPETokenizer, fetch_gpt2, read_pair
 from tapeless.data.shards import magic_number
 from tapeless.data.table import MAGIC, TableTokenizer, read_table
@@ -191,6 +192,12 @@ def tokenizer_from_dict(data: Any) -> Tokenizer:
     return CharTokenizer(chars, bos, fold)
 
 
+def is_padded(rows: int, tokens: int) -> bool:
+    """Whether a model of so many rows may be one for this many tokens, with rows added to make their number
+    a multiple of a power of two up to 1,024."""
+    return any(rows == -(-tokens // 2**n) * 2**n for n in range(11))
+
+
 def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer file of a folder: of `FILES`, the first that is there."""
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
@@ -215,7 +222,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
             _regular(path.with_name(vocab))
             return read_pair(path.with_name(vocab), path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         raise DataError(
             f"{path} is no tokenizer: expected JSON, as in {', '.join(FILES[:-1])}, "
@@ -229,10 +236,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if not merged:
             raise DataError(f"{path} is one half of a tokenizer: put its merges.txt or vocab.bpe beside it.")
         return read_pair(path, merged[0])
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = completed(content, path.parent)
     try:
         return tokenizer_from_dict(content)
     except DataError as error:
-        raise DataError(f"{path} is no tokenizer that can be used: {error}") from None
+        raise DataError(f"{path} cannot be used: {error}") from None
 
 
 def _regular(path: Path) -> None:

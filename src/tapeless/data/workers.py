@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ import numpy as np
 from tapeless.data.bpe import BPETokenizer, library, train_bpe
 from tapeless.data.texts import Block
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
-from tapeless.errors import DataError
+from tapeless.errors import DataError, argument
+from tapeless.signals import handled
 
 TOKENS, ERROR = b"\0", b"\1"  # what an answer begins with
 
@@ -81,11 +81,13 @@ def _started(processes: int, work: Callable[..., None], *arguments: Any) -> Iter
     context = multiprocessing.get_context("spawn")
     started, connections = [], []
     try:
-        with _without_interrupts():
+        # Ctrl-C goes to every process of a terminal: those started here leave it to this one. What is
+        # ignored stays so in a new process, but on Windows.
+        with handled([signal.SIGINT], signal.SIG_IGN):
             for _ in range(processes):
                 ours, theirs = context.Pipe()
                 connections.append(ours)
-                process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
+                process = context.Process(target=_begin, args=(work, theirs, *arguments), daemon=True)
                 process.start()
                 theirs.close()
                 started.append(process)
@@ -98,25 +100,14 @@ def _started(processes: int, work: Callable[..., None], *arguments: Any) -> Iter
             process.join()
 
 
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C goes to every process of a terminal; those started in here ignore it and leave it to this
-    one. (Only the main thread can say so.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _send(connection: Any, content: bytes) -> None:
     try:
         connection.send_bytes(content)
     except OSError:
-        raise DataError(_DIED) from None
+        raise DataError(
+            "a process that tokenizes has died, perhaps for lack of memory: try less text, or fewer "
+            f"processes ({argument('processes')})."
+        ) from None
 
 
 def _tokens(connection: Any) -> np.ndarray:
@@ -127,13 +118,18 @@ def _answer(connection: Any) -> bytes:
     try:
         answer = connection.recv_bytes()
     except (EOFError, OSError):
-        raise DataError(_DIED) from None
+        raise DataError(
+            "a process that tokenizes has died, perhaps for lack of memory: try less text, or fewer "
+            f"processes ({argument('processes')})."
+        ) from None
     if answer[:1] == ERROR:
         raise DataError(answer[1:].decode())
     return answer
 
 
-_DIED = "a process that tokenizes has died, perhaps for lack of memory: try fewer --processes, or less text."
+def _begin(work: Callable[..., None], *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    work(*arguments)
 
 
 def _work(connection: Any, description: str, lines: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tapeless.errors import ConfigError, did_you_mean
+from tapeless.errors import ConfigError, argument, did_you_mean
 from tapeless.evaluate import evaluate
 from tapeless.export import budget, files, wasm
 from tapeless.export.firmware import Firmware, data_of, prepare
@@ -47,7 +47,10 @@ def export(
     target = TARGETS.get(to) if target is None else target
     chip = budget.get_chip(target or "esp32")
     if to == "esp-idf" and not chip.idf:
-        raise ConfigError(f"{target} is no chip of ESP-IDF's: choose --to arduino or c, or another target.")
+        raise ConfigError(
+            f"{target} is not a chip of ESP-IDF's: choose {argument('to', 'arduino')}, "
+            f"{argument('to', 'c')} or another target."
+        )
     files.refuse(out, overwrite)
     if to == "arduino" and not SKETCH.fullmatch(_sketch(out)):
         raise ConfigError(
@@ -97,7 +100,7 @@ def _tell_cost(
     """Measure what int8 weights cost on `data`, or on what the model was trained on."""
     assert firmware.weights is not None
     data = data_of(source) if data is None else data
-    say(f"Measuring what int8 weights cost, on {data}.")
+    say(f"Measuring the loss with int8 weights on {data}.")
     model = load(source, "reference", dtype="float32")
     losses = []
     for weights in (firmware.weights, small.rounded):

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tapeless.errors import RunError
+from tapeless.errors import RunError, argument
 from tapeless.export.weights import number
+from tapeless.files import replace
 from tapeless.io import runs
 
 
@@ -87,7 +88,8 @@ def refuse(out: Path, overwrite: bool) -> None:
         raise RunError(f"{out} is a file; expected a folder for the program.")
     if out.is_dir() and not overwrite and any(out.iterdir()):
         raise RunError(
-            f"{out} is there already: replace its files with --overwrite, or choose another folder."
+            f"{out} already exists: replace its files with {argument('overwrite', True)}, or choose another "
+            "folder."
         )
 
 
@@ -105,10 +107,10 @@ def write(out: Path, kind: Kind, texts: dict[str, str]) -> None:
         try:
             for name, text in texts.items():
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                (aside / name).write_text(text, encoding="utf-8")
+                (aside / name).write_text(text, encoding="utf-8", newline="\n")
             for name in texts:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(aside / name, folder / name)
+                replace(aside / name, folder / name)
             runs.remove(folder / name for name in old)
             for part in {(folder / name).parent for name in old} - {folder}:
                 with suppress(OSError):  # what else is in there stays

@@ -12,13 +12,13 @@ import numpy as np
 from tapeless import plan
 from tapeless.config import GPTConfig, whole
 from tapeless.data.tokenizers import Numbers, Tokenizer
-from tapeless.errors import ConfigError, RunError, did_you_mean
+from tapeless.errors import ConfigError, RunError, argument, did_you_mean
 from tapeless.export.trace import Trace, record
 from tapeless.init import generator, generator_name
 from tapeless.io import runs
 from tapeless.job import Job
 from tapeless.layout import n_params
-from tapeless.model import load
+from tapeless.model import GPT, load
 from tapeless.presets import FINETUNING, Preset, presets
 from tapeless.settings import Training
 
@@ -45,6 +45,8 @@ class Firmware:
     config: GPTConfig
     training: Training
     tokenizer: Tokenizer | Numbers
+    start: int  # the token that texts begin after
+    eos: tuple[int, ...]  # tokens that end a text
     seed: int
     trains: bool
     generates: bool
@@ -119,6 +121,8 @@ def prepare(
         config=config,
         training=training,
         tokenizer=tokenizer,
+        start=_start(job.model),
+        eos=job.model.eos_token_id,
         seed=seed,
         trains=True,
         generates=mode == "both",
@@ -132,10 +136,10 @@ def prepare(
 
 def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
     model = load(source, "reference", dtype="float32")
-    training = _training_of(source)
+    training = training_of(source)
     given = {name: settings[name] for name in settings if name in ("temperature", "max_tokens", "samples")}
     if other := sorted(settings.keys() - given.keys()):
-        raise ConfigError(f"{other[0]} changes nothing in a trained model that generates: leave it out.")
+        raise ConfigError(f"{other[0]} cannot be changed in a trained model.")
     config = _on_chip(model.config)
     random = generator_name(config)
     return Firmware(
@@ -143,6 +147,8 @@ def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
         config=config,
         training=dataclasses.replace(training, **given),
         tokenizer=model.tokenizer or Numbers(config.vocab),
+        start=_start(model),
+        eos=model.eos_token_id,
         seed=seed,
         trains=False,
         generates=True,
@@ -153,6 +159,12 @@ def _generating(source: str, settings: dict[str, Any], seed: int) -> Firmware:
         random_state=generator(config, seed).state()["words"] if random == "numpy" else None,
         trace=record(config, training),
     )
+
+
+def _start(model: GPT) -> int:
+    """The token that texts begin after, as in `tapeless.generate`."""
+    tokenizer = model.tokenizer or Numbers(model.config.vocab)
+    return tokenizer.start if model.bos_token_id is None else model.bos_token_id
 
 
 def trace_of(source: str, settings: dict[str, Any]) -> Trace:
@@ -190,7 +202,7 @@ def _about(source: str) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _training_of(source: str) -> Training:
+def training_of(source: str) -> Training:
     """How a run was trained, and so how it generates; of another model, as it would be trained further."""
     about = _about(source)
     if "training" not in about:
@@ -207,7 +219,7 @@ def data_of(source: str) -> str:
     """What a run was trained on."""
     data = _about(source).get("data")
     if not isinstance(data, str):
-        raise RunError(f"{source} does not say what it was trained on: give --data.")
+        raise RunError(f"{source} does not say what it was trained on: give {argument('data')}.")
     return data
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tapeless.config import GPTConfig
-from tapeless.errors import ConfigError, did_you_mean
+from tapeless.errors import ConfigError, argument, did_you_mean
 from tapeless.export.firmware import Firmware
 from tapeless.layout import DECAYED, parameter_plan
 
@@ -46,7 +46,7 @@ def quantised(firmware: Firmware, weights: str) -> Quantised | None:
     if weights == "float32":
         return None
     if firmware.trains or firmware.weights is None:
-        raise ConfigError("weights=int8 are for generating: a model cannot be trained in them.")
+        raise ConfigError(f"int8 weights are inference-only: use {argument('mode', 'generate')}.")
     return quantise(firmware.config, firmware.weights)
 
 

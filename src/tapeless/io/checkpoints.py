@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tapeless import hub
 from tapeless.data import shards
-from tapeless.data.tokenizers import find_tokenizer, read_tokenizer
+from tapeless.data.tokenizers import find_tokenizer, is_padded, read_tokenizer
 from tapeless.errors import RunError
-from tapeless.io import huggingface, llmc, runs, saves
+from tapeless.io import folders, huggingface, llmc, runs, saves
 from tapeless.io.tensors import Checkpoint
 
 READ = "a run folder, a Hugging Face folder of GPT-2, or a model file of llm.c"
@@ -41,13 +41,16 @@ def open_model(source: str | Path) -> Checkpoint:
 def with_tokenizer(model: Checkpoint) -> Checkpoint:
     """The model with the tokenizer that lies in its folder, or beside its file and fits.
 
+    A tokenizer fits if it has no more tokens than the model has rows: vocabularies are padded. What lies
+    beside a file fits only if that is all that can differ.
+
     Raises `DataError` for a damaged one, `RunError` if it is the model's and does not fit.
     """
     path = find_tokenizer(model.folder)
     if model.tokenizer is not None or path is None:
         return model
-    tokenizer = read_tokenizer(path)
-    if tokenizer.vocab_size == model.config.vocab:
+    tokenizer, rows = read_tokenizer(path), model.config.vocab
+    if tokenizer.vocab_size <= rows if model.own_folder else is_padded(rows, tokenizer.vocab_size):
         return dataclasses.replace(model, tokenizer=tokenizer)
     if not model.own_folder:
         return model
@@ -58,6 +61,7 @@ def with_tokenizer(model: Checkpoint) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
+    folders.await_settled(folder)
     config = folder / runs.CONFIG
     files = [path for path in sorted(folder.glob("*.bin")) if _is_llmc(path)]
     if runs.saved(folder) and not files:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from tapeless.errors import RunError
+from tapeless import files
+from tapeless.errors import RunError, argument
 from tapeless.io.lock import Lock, Locked
 from tapeless.io.runs import (
     BEST,
@@ -20,11 +20,10 @@ from tapeless.io.runs import (
     remove,
     remove_checkpoints,
     saved,
-    sync,
     writing,
 )
 
-NEW = ".new"  # the folder of a run that is complete, and moves into the place of the one above it
+NEW = ".new"  # the folder of a new run that has been saved once, and moves into the one above it
 PARTS = (".", BEST)  # of a run, that have checkpoints
 WAITS = 200  # times 0.05 s
 
@@ -32,11 +31,13 @@ WAITS = 200  # times 0.05 s
 def refuse(folder: Path, overwrite: bool) -> None:
     """Raise `RunError` if a new run must not be written into `folder`, which is locked if it is there."""
     _existing_folder(folder)
-    settle(folder)
-    if not _holds_a_run(folder):
+    if not holds_a_run(folder):
         return
     if not overwrite:
-        raise RunError(f"{folder} already holds a run: go on with --resume, or replace it with --overwrite.")
+        raise RunError(
+            f"{folder} already holds a run: go on with {argument('resume', True)}, or replace it with "
+            f"{argument('overwrite', True)}."
+        )
     try:
         ours = "tapeless" in read_json(folder / CONFIG)
     except (RunError, TypeError):
@@ -53,32 +54,30 @@ def _existing_folder(folder: Path) -> Path:
     return there
 
 
-def _holds_a_run(folder: Path) -> bool:
+def holds_a_run(folder: Path) -> bool:
+    """Whether there is a run, whole or not, in a folder that is locked if it is there."""
+    settle(folder)
     return bool(saved(folder)) or any((folder / name).exists() for name in EVERYTHING)
 
 
 def claim(folder: Path, lock: Lock, overwrite: bool) -> Path:
-    """Make `folder` this process's own to write a new run into. Returns where to write it: that folder,
-    or if it holds a run one aside, until `replace` is called: so long the old run stays.
+    """Make `folder` this process's own to write a new run into. Returns where to write it: aside, until
+    `replace` is called when it has been saved for the first time. So long an old run stays, and where there
+    is none, there is none yet.
 
     Raises `RunError` where `refuse` does, also if another process claimed it meanwhile.
     """
     _existing_folder(folder)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
     lock.take()
     refuse(folder, overwrite)
-    place = folder
-    if overwrite and _holds_a_run(folder):
-        place = folder / f"{NEW}.part"
-        abandon(place)  # by a killed process
+    place = folder / f"{NEW}.part"
+    abandon(place)  # by a killed process
     with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
+        place.mkdir()
     with writing(place / METRICS):
-        try:
-            open(place / METRICS, "x").close()
-        except FileExistsError:
-            raise RunError(f"another process has just begun a run in {folder}.") from None
+        (place / METRICS).touch()
     return place
 
 
@@ -90,7 +89,8 @@ def abandon(aside: Path) -> None:
 def replace(folder: Path, aside: Path) -> None:
     """Let the run that lies complete `aside` take the place of the one in `folder`."""
     with writing(folder / NEW):
-        os.replace(aside, folder / NEW)  # from here on the new run is the one there is
+        files.replace(aside, folder / NEW)  # from here on the new run is the one there is
+        files.flush_folder(folder)
     settle(folder)
 
 
@@ -123,13 +123,15 @@ def settle(folder: Path) -> None:
         if (new / name).exists():
             with writing(folder / name):
                 (folder / name).parent.mkdir(exist_ok=True)
-                os.replace(new / name, folder / name)
+                files.replace(new / name, folder / name)
     for path in [checkpoint.place for part in PARTS for checkpoint in saved(new / part)]:
         place = folder / path.relative_to(new)
         with writing(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
-    sync(folder)
+            files.make_folder(place.parent)
+            files.replace(path, place)
+            files.flush_folder(place.parent)
+    with writing(folder):
+        files.flush_folder(folder)
     abandon(new)
 
 

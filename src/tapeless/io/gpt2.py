@@ -45,20 +45,27 @@ TENSORS = (  # in llm.c's order
     Names("normf_w", "lnfw", "ln_f.weight", "output_norm.weight"),
     Names("normf_b", "lnfb", "ln_f.bias", "output_norm.bias"),
 )
+# Of models that are not tied, the last. Unlike its other matrices, Hugging Face's is `[out, in]`, too.
+HEAD = Names("head", "", "lm_head.weight", "output.weight", turned=True)
 # What may differ from GPT-2's config: it changes no result, or can be had with biases of zero.
 FREE = (*COMPUTED, "attention", "attention_tile", "init", "bias", "norm_bias")
 
 
 def gpt2_config(sizes: GPTConfig) -> GPTConfig:
-    """GPT-2's architecture in the sizes of `sizes`, and with its `norm_eps`."""
-    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_hidden", "norm_eps")
+    """GPT-2's architecture in the sizes of `sizes`, with its `norm_eps`, and tied or not as it is."""
+    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_hidden", "norm_eps", "tied")
     return presets["gpt2"].model.replace(**{name: getattr(sizes, name) for name in names})
 
 
+def tensors(config: GPTConfig) -> tuple[Names, ...]:
+    """The tensors of a GPT-2 with this config."""
+    return TENSORS if config.tied else (*TENSORS, HEAD)
+
+
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of `TENSORS`, by our names."""
+    """The shape of each of its `tensors`, by our names."""
     all_shapes = {t.name: t.resolve({}) for t in parameters(config)}
-    return {names.ours: all_shapes[names.ours] for names in TENSORS}
+    return {names.ours: all_shapes[names.ours] for names in tensors(config)}
 
 
 def as_gpt2(model: Checkpoint, format: str) -> Checkpoint:

@@ -86,8 +86,8 @@ def _write_tensors(file: BinaryIO, model: Checkpoint, dtype: Any) -> None:
     """The tensors of a GPT-2, or gradients kept like them."""
     V, C = model.config.vocab, model.config.n_embd
     for names in gpt2.TENSORS:
-        for block in model.blocks(names.ours):
-            write_array(file, block.swapaxes(1, 2) if names.turned else block, dtype)
+        for block in model.blocks(names.ours, dtype, transposed=names.turned):
+            write_array(file, block)
         if names.ours == "wte":
             write_array(file, np.zeros((padded(V) - V, C)), dtype)
 
@@ -108,7 +108,7 @@ def open_model(path: Path) -> Checkpoint:
     version, T, V, L, H, C, rows = header[1:8]
     try:
         config = gpt2.gpt2_config(
-            GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C, norm_eps=EPS)
+            GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C, norm_eps=EPS, tied=True)
         )
     except ConfigError as error:
         raise RunError(f"{path} does not describe a model: {error}") from None
@@ -122,13 +122,18 @@ def open_model(path: Path) -> Checkpoint:
             f"{path} is {'truncated' if size < end else 'too long'}: {size:,} bytes, but its model "
             f"(V {V}, padded {rows}, T {T}, C {C}, {L} layers, {dtype.name}) needs {end:,}."
         )
-    return Checkpoint(path, f"llm.c, version {version}, {dtype.name}", config, tensors, path.parent)
+    return Checkpoint(path, f"llm.c, version {version}", config, tensors, path.parent)
 
 
 def fitted(model: Checkpoint) -> Checkpoint:
     """The model as llm.c's format holds it: see `gpt2.as_gpt2`. Raises `ConfigError` if it cannot."""
     model = gpt2.as_gpt2(model, "llm.c's format")
     c = model.config
+    if not c.tied:
+        raise ConfigError(
+            f"llm.c's format has no place for the head of {model.path}, lm_head.weight: there, the head is "
+            "the token embedding, wte. Convert it to a Hugging Face folder or a .gguf file."
+        )
     if c.n_hidden != 4 * c.n_embd or c.norm_eps != EPS:
         raise ConfigError(
             f"llm.c's format has no place for n_hidden={c.n_hidden} and norm_eps={c.norm_eps:g} of "

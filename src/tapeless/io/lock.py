@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import warnings
@@ -12,12 +13,19 @@ from typing import Any
 from tapeless.errors import Notice, RunError
 
 fcntl: Any
+msvcrt: Any
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:
     fcntl = None
+try:
+    import msvcrt
+except ImportError:  # not Windows
+    msvcrt = None
 
 LOCK = ".lock"
+BEYOND = 2**30  # of the file, which can then be read while its byte at this place is locked
+BUSY = (errno.EACCES, errno.EDEADLK)  # what Windows says of a locked byte
 
 
 class Locked(RunError):
@@ -59,7 +67,8 @@ class Lock:
             if not _flock(file):
                 text = f"{self.folder}: files cannot be locked here; let no other process train in it."
                 warnings.warn(Notice(text), stacklevel=4)
-            if not os.path.samestat(os.fstat(file), os.stat(path)):
+            # Windows does not remove a file that is open.
+            if msvcrt is None and not os.path.samestat(os.fstat(file), os.stat(path)):
                 raise FileNotFoundError
         except BaseException as error:
             os.close(file)
@@ -82,17 +91,36 @@ class Lock:
         if self._file is None:
             return
         assert self.folder is not None
+        if msvcrt is not None:  # an open file cannot be removed, be it this process's or another's
+            os.close(self._file)
         with suppress(OSError):  # while it is still locked: afterwards it may be another's
             os.unlink(self.folder / LOCK)
-        os.close(self._file)
+        if msvcrt is None:
+            os.close(self._file)
         self._file = None
 
 
 NOWHERE = Lock(None)
 
 
+def _lock_byte(file: int) -> bool:
+    """The same on Windows."""
+    os.lseek(file, BEYOND, os.SEEK_SET)
+    try:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in BUSY:
+            raise BlockingIOError(error.errno, error.strerror) from None
+        return False
+    finally:
+        os.lseek(file, 0, os.SEEK_SET)
+    return True
+
+
 def _flock(file: int) -> bool:
     """Lock a file, or raise `BlockingIOError`. False where that is not to be had."""
+    if msvcrt is not None:
+        return _lock_byte(file)
     if fcntl is None:
         return False
     try:

@@ -1,10 +1,11 @@
 """Run folders: what training leaves behind, and models loaded from it.
 
-config.json          model and training settings, data, seed, engine
+config.json          model and training settings, data, seed, engine; bos_token_id and eos_token_id where
+                     they are not the tokenizer's
 tokenizer.json       the tokenizer
 model.safetensors    the parameters by name
 state.safetensors    everything needed to go on: parameters, moments, step, random state
-metrics.jsonl        one object a logged step: step (from 1), loss, lr, and at evaluations val_loss
+metrics.jsonl        one object a logged step: step (from 1), loss, lr, and at validations val_loss
 samples.txt          texts generated at the end
 samples.jsonl        with sample_every, one object each time: step, samples
 best/                the model that was best in validation, as a folder of its own
@@ -18,18 +19,18 @@ where there is none, as in runs of older versions and in models saved by themsel
 
 Every file is written aside (in `.NAME.part/`), flushed to disk and renamed, so a killed process leaves
 the old file or the new one. But what ends in `.jsonl` only grows, by whole lines; a last line without
-its end is ignored. A run that takes the place of another one is written aside as a whole, until it has
-been saved once: see `tapeless.io.folders`.
+its end is ignored. A new run is written aside as a whole, until it has been saved once: see
+`tapeless.io.folders`.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import prod
@@ -38,16 +39,17 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from tapeless import files
 from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer, tokenizer_from_dict
+from tapeless.ends import Ends
 from tapeless.errors import ConfigError, DataError, RunError
 from tapeless.io import safetensors
-from tapeless.io.tensors import Checkpoint, Stored, file_size
+from tapeless.io.tensors import FLOAT, Checkpoint, Stored, check_fit
 from tapeless.layout import n_params, parameters
-from tapeless.regular import open_regular
+from tapeless.regular import open_regular, read_text
 
 METADATA = {"format": "tapeless"}  # of safetensors files
-FLOAT = np.dtype(np.float32)
 CONFIG, TOKENIZER, MODEL, STATE, METRICS, SAMPLES, SAMPLES_LOG = FILES = (
     "config.json",
     "tokenizer.json",
@@ -79,30 +81,19 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(aside / path.name)
             with open(aside / path.name, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(aside / path.name, path)
-            sync(path.parent)
+                files.flush(file.fileno())
+            files.replace(aside / path.name, path)
+            files.flush_folder(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def sync(folder: Path) -> None:
-    """Flush to disk which files a folder has, where a system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
-            raise
+class CannotWrite(RunError):
+    """`in_use`: since another process has a file open, which matters on Windows only."""
 
-
-class _CannotWrite(RunError):
-    def __init__(self, path: Path, reason: object):
+    def __init__(self, path: Path, reason: object, in_use: bool):
         super().__init__(f"cannot write {path}: {reason}.")
-        self.reason = reason
+        self.reason, self.in_use = reason, in_use
 
 
 @contextmanager
@@ -112,9 +103,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _CannotWrite(path, error.strerror or error) from None
-    except _CannotWrite as error:
-        raise _CannotWrite(path, error.reason) from None
+        in_use = files.WINDOWS and isinstance(error, PermissionError)
+        raise CannotWrite(path, error.strerror or error, in_use) from None
+    except CannotWrite as error:
+        raise CannotWrite(path, error.reason, error.in_use) from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -158,23 +150,26 @@ def save_model(
     folder: Path,
     config: GPTConfig,
     tokenizer: Tokenizer | None,
+    ends: Ends,
     params: dict[str, np.ndarray],
 ) -> None:
     """Write config.json, tokenizer.json and model.safetensors, in place of a run or model that is there.
     Raises `RunError` if that fails."""
-    _write_model(folder, config, tokenizer, content_of_tensors(params))
+    _write_model(folder, config, tokenizer, ends, content_of_tensors(params))
 
 
 def write_model(folder: Path, model: Checkpoint) -> None:
     """The same for a model in files, with numbers of float32."""
     entries = [(name, FLOAT, shape) for name, shape in _shapes(model.config).items()]
-    blocks = (block.astype(FLOAT) for name, *_ in entries for block in model.blocks(name))
+    blocks = (block for name, *_ in entries for block in model.blocks(name, FLOAT))
     tensors: Content = lambda file: safetensors.write(file, entries, blocks, METADATA)  # noqa: E731
-    _write_model(folder, model.config, model.tokenizer, tensors)
+    _write_model(folder, model.config, model.tokenizer, model.ends.within(model.config.vocab), tensors)
 
 
-def _write_model(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, tensors: Content) -> None:
-    contents = contents_of_model(config, tokenizer, tensors, {})
+def _write_model(
+    folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, ends: Ends, tensors: Content
+) -> None:
+    contents = contents_of_model(config, tokenizer, ends, tensors, {})
     for name, content in contents.items():
         write_content(folder / name, content)
     if tokenizer is None:
@@ -183,14 +178,13 @@ def _write_model(folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, t
 
 
 def contents_of_model(
-    config: GPTConfig, tokenizer: Tokenizer | None, tensors: Content, about: dict[str, Any]
+    config: GPTConfig, tokenizer: Tokenizer | None, ends: Ends, tensors: Content, about: dict[str, Any]
 ) -> dict[str, Content]:
     """What a model's files hold, by name."""
     from tapeless import __version__
 
-    contents = {
-        CONFIG: content_of_text(as_json({"tapeless": __version__, "model": config.to_dict(), **about}))
-    }
+    described = {"tapeless": __version__, "model": config.to_dict(), **ends.to_dict(), **about}
+    contents = {CONFIG: content_of_text(as_json(described))}
     if tokenizer is not None:
         contents[TOKENIZER] = content_of_tokenizer(tokenizer)
     return contents | {MODEL: tensors}
@@ -224,7 +218,7 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]], flush: bool = True) 
         file.write(json_lines(rows).encode())
         file.flush()
         if flush:
-            os.fsync(file.fileno())
+            files.flush(file.fileno())
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -265,7 +259,7 @@ def remove_checkpoint(place: Path) -> None:
     """At once, as far as others can see."""
     with writing(place):
         gone = place.with_name(f".{place.name}.gone")
-        os.replace(place, gone)
+        files.replace(place, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -281,12 +275,28 @@ def remove_checkpoints(folder: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
+class _Repeated(ValueError):
+    pass
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise _Repeated(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return content
+
+
 def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, which may begin with a byte-order mark.
+
+    Raises `RunError` if it is missing or not JSON, or an object has a key twice.
+    """
     try:
-        file_size(path)  # refuses a pipe
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path), object_pairs_hook=_unrepeated)
     except FileNotFoundError:
         raise RunError(f"{path.parent} has no {path.name}: it is not a run folder, or incomplete.") from None
+    except _Repeated as error:
+        raise RunError(f"{path} has {error.args[0]!r} twice: remove the wrong one.") from None
     except (ValueError, RecursionError):
         raise RunError(f"{path} is damaged: it is not JSON.") from None
     except OSError as error:
@@ -341,7 +351,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = tokenizer_from_dict(read_json(path))
     except DataError as error:
         raise RunError(f"{path} is damaged: {error}") from None
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:  # with fewer, the vocabulary is padded
         raise RunError(
             f"{path} has {tokenizer.vocab_size} tokens but the model of {folder / CONFIG} has "
             f"{vocab_size}: they are not of the same run."
@@ -352,14 +362,21 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
 def open_model(folder: Path, place: Path) -> Checkpoint:
     """The model of a run folder, and its tokenizer, whose files lie in `place`. Raises `RunError` if one
     is missing, damaged, or does not match the others."""
-    config, _ = read_config(place)
+    config, about = read_config(place)
     expected = {name: (shape, FLOAT) for name, shape in _shapes(config).items()}
     tensors = open_tensors(place / MODEL, expected)
-    number = tensors["wte"].dtype
     parts = {name: [tensors[name]] for name in expected}
-    return Checkpoint(
-        folder, f"a run of tapeless, {number}", config, parts, folder, read_tokenizer(place, config.vocab)
-    )
+    tokenizer = read_tokenizer(place, config.vocab)
+    ends = ends_of(place / CONFIG, about)
+    return Checkpoint(folder, "a run of tapeless", config, parts, folder, tokenizer, ends)
+
+
+def ends_of(path: Path, about: Mapping[str, Any]) -> Ends:
+    """The tokens that begin and end a text, of what a file holds. Raises `RunError` if they are no ids."""
+    try:
+        return Ends.from_dict(about)
+    except ConfigError as error:
+        raise RunError(f"{path} cannot be used: {error}") from None
 
 
 def check_state_size(place: Path, config: GPTConfig) -> None:
@@ -376,7 +393,11 @@ def read_into(views: Mapping[str, np.ndarray], path: Path, optional: Sequence[st
     expected = {name: (view.shape, view.dtype) for name, view in views.items()}
     tensors = open_tensors(path, expected, optional)
     for name, tensor in tensors.items():
-        views[name][...] = tensor.map()
+        stored, view = tensor.map(), views[name]
+        with np.errstate(over="ignore"):
+            view[...] = stored
+        if stored.dtype != view.dtype:
+            check_fit(stored, view, path, name)
 
 
 def cut_log(path: Path, steps: int, size: int = sys.maxsize) -> None:

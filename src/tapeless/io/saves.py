@@ -23,7 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tapeless.errors import Notice, RunError
+from tapeless import files
+from tapeless.errors import Notice, RunError, argument
 from tapeless.io import folders, runs
 from tapeless.io.runs import (
     CHECKPOINTS,
@@ -57,7 +58,7 @@ def save(folder: Path, step: int, contents: Mapping[str, Content], keep: int = K
     place = store / f"{before[0].number + 1 if before else 1:04d}-step-{step}"
     aside = store / PART
     with runs.writing(store):
-        store.mkdir(parents=True, exist_ok=True)
+        files.make_folder(store)
         runs.sweep(folder)
         aside.mkdir()
     try:
@@ -70,11 +71,11 @@ def save(folder: Path, step: int, contents: Mapping[str, Content], keep: int = K
                 about["logs"][log.name] = log.stat().st_size
         with runs.writing(store):
             _write(aside / MANIFEST, runs.content_of_text(runs.as_json(about)))
-            runs.sync(aside)
+            files.flush_folder(aside)
             if problem := damage(aside, contents):
                 raise OSError(None, f"{problem} as soon as it was written; the disk may be failing")
-            os.replace(aside, place)
-            runs.sync(store)
+            files.replace(aside, place)
+            files.flush_folder(store)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     publish(folder, place)
@@ -87,7 +88,7 @@ def _write(path: Path, content: Content) -> dict[str, Any]:
         summed = _Summed(file)
         content(summed)  # type: ignore[arg-type]
         file.flush()
-        os.fsync(file.fileno())
+        files.flush(file.fileno())
         with suppress(AttributeError, OSError):  # not every system can
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return {"bytes": file.tell(), "sha256": summed.sha256.hexdigest()}
@@ -106,13 +107,18 @@ class _Summed:
 
 def publish(folder: Path, place: Path) -> None:
     """Let the files at the top of a run folder be those of a checkpoint."""
-    files = _manifest(place)["files"]
+    kept = _manifest(place)["files"]
     for name in (CONFIG, TOKENIZER, MODEL, STATE):
         here, there = folder / name, place / name
-        if name not in files:
+        if name not in kept:
             runs.remove([here])
         elif there.is_file() and not (here.exists() and here.samefile(there)):
-            runs.write_file(here, lambda aside, there=there: _link(there, aside))  # type: ignore[misc]
+            try:
+                runs.write_file(here, lambda aside, there=there: _link(there, aside))  # type: ignore[misc]
+            except runs.CannotWrite as error:
+                if not error.in_use:
+                    raise
+                warnings.warn(Notice(f"{error} It is left as it was until the next save."), stacklevel=2)
 
 
 def _link(path: Path, other: Path) -> None:
@@ -161,7 +167,10 @@ def newest(folder: Path, kind: str) -> Path:
             break
     if problems:
         others = "" if len(problems) == 1 else f", and so are the {len(problems) - 1} before it"
-        raise RunError(f"{problems[0]}{others}: restore a copy of the run, or train anew with --overwrite.")
+        raise RunError(
+            f"{problems[0]}{others}: restore a copy of the run, or train anew with "
+            f"{argument('overwrite', True)}."
+        )
     return folder
 
 
@@ -172,11 +181,11 @@ def _there(folder: Path, place: Path) -> bool:
 def damage(place: Path, names: Any) -> str:
     """What is wrong with these files of a checkpoint: "" if nothing."""
     try:
-        files = _manifest(place)["files"]
-        if missing := [name for name in names if name not in files and name != TOKENIZER]:
+        known = _manifest(place)["files"]
+        if missing := [name for name in names if name not in known and name != TOKENIZER]:
             return f"{place} has no {missing[0]}"
         for name in names:
-            if name in files and (problem := _difference(place / name, files[name])):
+            if name in known and (problem := _difference(place / name, known[name])):
                 return f"{place / name} is damaged: {problem}"
     except RunError as error:
         return str(error).rstrip(".")

@@ -17,9 +17,12 @@ import numpy as np
 
 from tapeless.config import GPTConfig
 from tapeless.data.tokenizers import Tokenizer
+from tapeless.ends import Ends
 from tapeless.errors import RunError
 
 BLOCK = 4 << 20  # bytes read at a time
+FLOAT = np.dtype(np.float32)
+COLUMNS = 32 << 20  # bytes of a block of columns
 
 
 def file_size(path: Path) -> int:
@@ -47,6 +50,12 @@ class OpenFile:
 
 class Part(Protocol):
     """A tensor, or some rows of one: consecutive blocks of its rows (places along its first axis)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
     def blocks(self) -> Iterator[np.ndarray]: ...
 
@@ -97,6 +106,14 @@ class Held:
 
     array: np.ndarray
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
     def blocks(self) -> Iterator[np.ndarray]:
         yield self.array
 
@@ -106,9 +123,48 @@ class Zeros:
     """A tensor of zeros."""
 
     shape: tuple[int, ...]
+    dtype: np.dtype = FLOAT
 
     def blocks(self) -> Iterator[np.ndarray]:
-        yield np.zeros(self.shape, np.float32)
+        yield np.zeros(self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix `[R, C]` as `[C, R]`. Each block reads the whole matrix, so that none is large."""
+
+    part: Part
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.part.shape[::-1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.part.dtype
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        columns, rows = self.shape
+        step = max(1, COLUMNS // (4 * rows))
+        for first in range(0, columns, step):
+            yield np.concatenate([block[:, first : first + step] for block in self.part.blocks()]).T
+
+
+def transpose(part: Part) -> Part:
+    return part.part if isinstance(part, Transposed) else Transposed(part)
+
+
+def check_fit(array: np.ndarray, result: np.ndarray, path: Path, name: str) -> None:
+    """Raise `RunError` if a number of `array` became infinite, or another integer, in `result`."""
+    if result.dtype.kind in "iu":
+        lost = array[result != array]
+    else:
+        lost = array[np.isinf(result) & np.isfinite(array)]
+    if lost.size:
+        raise RunError(
+            f"{path}: {name} holds {lost.flat[0]}, which does not fit in {result.dtype}. "
+            "Save it with smaller numbers."
+        )
 
 
 @dataclass(frozen=True)
@@ -116,42 +172,57 @@ class Checkpoint:
     """A model in files, whose sizes have been compared with its config.
 
     `tensors` has every parameter by our name, in parts along its first axis; `folder` is where files
-    of its tokenizer may lie, `tokenizer` what was read of them; `ends` the ids of the first and last
-    token of a text, by Hugging Face's names, where the model's config tells them.
+    of its tokenizer may lie, `tokenizer` what was read of them; `ends` the tokens that begin and end a
+    text, where the model's files name them. `others` are entries of a Hugging Face config.json that
+    change nothing here, such as dropout.
     """
 
     path: Path
-    format: str  # for people, with the kind of number: "llm.c, float32"
+    format: str  # for people: "llm.c, version 3"
     config: GPTConfig
     tensors: Mapping[str, Sequence[Part]]
     folder: Path
     tokenizer: Tokenizer | None = None
-    ends: Mapping[str, Any] = field(default_factory=dict)
+    ends: Ends = field(default_factory=Ends)
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The kinds of numbers that its tensors hold, by NumPy's names."""
+        return sorted({part.dtype.name for parts in self.tensors.values() for part in parts})
 
     @property
     def own_folder(self) -> bool:
         """Whether `folder` is the model's own: what lies beside a file need not belong to it."""
         return self.path == self.folder
 
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """Consecutive rows of a parameter, in our orientation. Raises `RunError` for numbers that are
-        not finite, or a file that cannot be read any more."""
+    def blocks(self, name: str, dtype: Any = None, *, transposed: bool = False) -> Iterator[np.ndarray]:
+        """Yield consecutive rows of a parameter as `dtype`, by default as it is stored: in our orientation,
+        or with its matrices `transposed`, which are then `[out, in]`.
+
+        Raises `RunError` for numbers that are not finite or do not fit in `dtype`, or a file that cannot
+        be read any more.
+        """
         for part in self.tensors[name]:
-            for block in part.blocks():
+            for block in (transpose(part) if transposed and len(part.shape) == 2 else part).blocks():
                 if not np.isfinite(block).all():
                     kind = "NaN" if np.isnan(block).any() else "an infinite number"
                     raise RunError(
                         f"{self.path}: {name} holds {kind}; expected finite weights. "
                         "Take a checkpoint from before that."
                     )
-                yield block
+                with np.errstate(over="ignore"):
+                    result = block.astype(block.dtype if dtype is None else dtype, copy=False)
+                if result is not block:
+                    check_fit(block, result, self.path, name)
+                yield result.swapaxes(1, 2) if transposed and result.ndim == 3 else result
 
     def read_into(self, views: Mapping[str, np.ndarray]) -> None:
         """Copy every parameter into the view of its name, once, converting its numbers. Raises
         `RunError` as `blocks` does."""
         for name, view in views.items():
             first = 0
-            for block in self.blocks(name):
+            for block in self.blocks(name, view.dtype):
                 view[first : first + len(block)] = block
                 first += len(block)
 

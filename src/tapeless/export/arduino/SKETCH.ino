@@ -43,7 +43,7 @@ bool train()
             Serial.println(loss, 6);
         }
         if (!(loss - loss == 0)) {
-            Serial.println("the loss of this step is no number: try a smaller learning rate");
+            Serial.println("loss is NaN or infinite: try a smaller learning rate");
             return false;
         }
         // The system's own tasks must run now and then: where they do not, a watchdog restarts the board.

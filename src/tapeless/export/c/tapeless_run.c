@@ -295,8 +295,8 @@ const char *tl_generate(void)
         float *logits = 0;
         for (int t = i < TL_BLOCK ? i : 0; t <= i && t < TL_BLOCK; t++)
             logits = tl_decode(last[t], t);
-        const int token = tl_sample(logits, TL_TEMPERATURE, TL_TEMPERATURE > 0 ? uniform() : 0, TL_VOCAB);
-        if (token == TL_BOS)
+        const int token = tl_sample(logits, TL_TEMPERATURE, TL_TEMPERATURE > 0 ? uniform() : 0, TL_TOKENS);
+        if (TL_IS_EOS(token))
             break;
         for (uint32_t k = tl_text_at[token]; k < tl_text_at[token + 1]; k++)
             text[length++] = (char)tl_text[k];

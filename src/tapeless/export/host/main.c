@@ -21,7 +21,7 @@ int main(void)
         if (i == 0 || (i + 1) % TL_LOG_EVERY == 0)
             printf("step %d/%d: loss = %.6f\n", i + 1, TL_STEPS, (double)loss);
         if (!(loss - loss == 0)) {
-            printf("the loss of step %d is no number: try a smaller learning rate\n", i + 1);
+            printf("loss is NaN or infinite at step %d: try a smaller learning rate\n", i + 1);
             return 1;
         }
     }

@@ -16,6 +16,7 @@ import os
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -52,6 +53,15 @@ LIBRARY = {
 }
 
 
+# Held while code is compiled and loaded: LLVM, Numba and what they keep are shared by all engines. A fork
+# waits for it, since a child process would find it, and theirs, held for ever.
+_compiling = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
+    )
+
+
 class Group(NamedTuple):
     """One argument of a program: a NamedTuple of tensors."""
 
@@ -81,11 +91,7 @@ class Program:
     ):
         self._groups = groups
 
-        def compile_it() -> bytes:
-            notice()
-            return compile_object(groups, build())
-
-        code = _cached(key, compile_it)
+        code = _cached(key, lambda: compile_object(groups, build()), notice)
         link_routines(code)
         address = _load(code, "tapeless_entry")
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
@@ -278,9 +284,14 @@ def link_routines(code: bytes) -> None:
             link_routine(name)
 
 
-@cache
 def link_routine(name: str) -> int:
     """The routine's address, known to LLVM; compiled once for all programs, and all processes."""
+    with _compiling:
+        return _linked(name)
+
+
+@cache
+def _linked(name: str) -> int:
     from tapeless.ops.cpu.routines import ROUTINES, make_routine, symbol
 
     def compile_it() -> bytes:
@@ -364,14 +375,18 @@ def _digest(key: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _cached(key: str, make: Callable[[], bytes]) -> bytes:
+def _cached(key: str, make: Callable[[], bytes], notice: Callable[[], None] = lambda: None) -> bytes:
     """The object code kept under this key (which begins with a word for the file's name), made and
-    kept if it is not there."""
+    kept if it is not there. `notice` is called before that, without the lock."""
     path = cache_folder() / f"{key.split(maxsplit=1)[0]}-{_digest(key)}.o"
     code = _read(path)
     if code is None:
-        code = make()
-        _write(path, code)
+        notice()
+        with _compiling:
+            code = _read(path)  # another thread may have made it meanwhile
+            if code is None:
+                code = make()
+                _write(path, code)
     return code
 
 
@@ -417,8 +432,9 @@ _ENGINES: list[Any] = []  # LLVM execution engines own the code; they live as lo
 
 def _load(code: bytes, symbol: str) -> int:
     """The address of a function of this object code."""
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    _ENGINES.append(engine)
-    return engine.get_function_address(symbol)
+    with _compiling:
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        _ENGINES.append(engine)
+        return engine.get_function_address(symbol)

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     n: Any
     me: Any  # which thread this is,
     threads: Any  # of how many
-    arrivals: Any  # [W, 8]: how often each has come to a place where all meet
+    arrivals: Any  # [W, 16]: how often each has come to a place where all meet
     partial: Any  # [W, X]: each thread's part of sums of one row
 
 

@@ -26,7 +26,7 @@ static bool train(void)
         if (i == 0 || (i + 1) % TL_LOG_EVERY == 0)
             ESP_LOGI(TAG, "step %d/%d: loss = %.6f", i + 1, TL_STEPS, (double)loss);
         if (!(loss - loss == 0)) {
-            ESP_LOGE(TAG, "the loss of step %d is no number: try a smaller learning rate", i + 1);
+            ESP_LOGE(TAG, "loss is NaN or infinite at step %d: try a smaller learning rate", i + 1);
             return false;
         }
         /* A core's idle task must run now and then: where it does not, the watchdog reports a hang. */

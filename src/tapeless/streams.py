@@ -1,0 +1,73 @@
+"""Streams for people to read, which may go away: a terminal is closed, a pipe has no reader, a disk is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from typing import Any
+
+# The stream is gone; it is closed; a signal handler writes while something else is being written.
+FAILURES = (OSError, ValueError, RuntimeError)
+
+
+class Display:
+    """A text stream that drops what it cannot write: work goes on although nobody sees its progress."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(*FAILURES):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(*FAILURES):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class OutputClosed(Exception):
+    """Nobody reads the output any more. Not an OSError: libraries handle BrokenPipeError in their own ways."""
+
+
+class Output:
+    """A text stream that raises `OutputClosed` once its reader has ended, as in `tapeless … | head`."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise _closed(error) from None
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise _closed(error) from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _closed(error: OSError) -> Exception:
+    # Windows says "invalid argument" of a pipe without a reader.
+    broken = isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL)
+    return OutputClosed() if broken else error
+
+
+def settle(stream: Any) -> None:
+    """Write what is buffered. Raises what that raises; Python does not try it again on its way out."""
+    try:
+        stream.flush()
+    except Exception:
+        handle = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(handle, stream.fileno())
+        os.close(handle)
+        raise
