@@ -20,10 +20,7 @@ from test_runs import contents, losses
 
 training = importlib.import_module("tapeless.train")
 full_disks = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-pytestmark = [
-    pytest.mark.skipif(os.name == "nt", reason="pipes, terminals and signals of POSIX"),
-    pytest.mark.signals,
-]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="pipes, terminals and signals of POSIX")
 
 # The command, which saves after each chunk of steps: whoever waits for a step need not wait long.
 DRIVER = """
@@ -83,6 +80,7 @@ def read_until_saved(process, ours, folder):
         os.read(ours, 65536)
 
 
+@pytest.mark.signals
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="no os.login_tty")
 @pytest.mark.parametrize("ignores", [False, True], ids=["as usual", "as by nohup"])
 def test_a_terminal_that_is_closed(ignores, tmp_path):
@@ -106,6 +104,7 @@ def test_a_terminal_that_is_closed(ignores, tmp_path):
     assert_saved(tmp_path / "run")
 
 
+@pytest.mark.signals
 def test_a_hangup_stops_a_run_as_ctrl_c_does(tmp_path):
     process = driven("train", *ENDLESS, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not saved_step(tmp_path / "run"):
@@ -120,6 +119,7 @@ def test_a_hangup_stops_a_run_as_ctrl_c_does(tmp_path):
 # ---------------------------------------------------------------- pipes
 
 
+@pytest.mark.signals
 def test_ctrl_c_when_tee_has_ended_before(tmp_path):
     """`tapeless train … 2>&1 | tee log`: the terminal sends Ctrl-C to both."""
     process = driven("train", *ENDLESS, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -252,6 +252,7 @@ main()
 """
 
 
+@pytest.mark.signals
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
@@ -279,6 +280,7 @@ main()
 """
 
 
+@pytest.mark.signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_second_signal_leaves_out_what_takes_long(number, code, tmp_path):
     arguments = ("--engine", "reference", "--set", "val_fraction=0.1", "--eval-every", "5", "--out", "run")
@@ -474,6 +476,7 @@ def test_an_error_that_cannot_be_followed_by_a_save(tmp_path, monkeypatch, whole
     assert losses(tmp_path / "run") == whole.losses.tolist()
 
 
+@pytest.mark.signals
 def test_texts_that_are_left_out_leave_no_trace(monkeypatch, whole):
     """Two Ctrl-C's while texts are generated: the random numbers of later steps are the same."""
     job = importlib.import_module("tapeless.job")

@@ -302,6 +302,7 @@ def at_each_change(run, work, monkeypatch):
 
 
 @forks
+@pytest.mark.signals
 @pytest.mark.oracle
 def test_a_process_killed_anywhere_in_a_save(run, whole, monkeypatch):
     """What is there is a checkpoint of before or one of now, never both in one; and it goes on from there to
