@@ -42,7 +42,9 @@ def folder():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_files_are_read(name, folder):
-    for data in targets.TARGETS[name].seeds(folder):
+    seeds = targets.TARGETS[name].seeds(folder)
+    assert seeds
+    for data in seeds:
         assert targets.check(name, data, folder)
 
 
