@@ -86,14 +86,14 @@ WIDE = {"n_embd": 256, "n_head": 4, "n_layer": 1, "max_tokens": 9}
     [
         ("microgpt", {"block_size": 6}, "reference", None, 6, 2**25),
         ("flashmicrogpt", {"block_size": 6, "val_fraction": 0.01, "eval_every": 4}, "cpu", 2, 6, 2**25),
-        ("shakespeare-char", WIDE | {"sample_every": 4, "recompute": True}, "cpu", 2, 64, 0),
-        (
-            "shakespeare-char",
-            WIDE | {"precision": "bf16", "block_size": 96, "window": 40},
-            "cpu",
-            1,
-            40,
-            2**25,
+        pytest.param(
+            *("shakespeare-char", WIDE | {"sample_every": 4, "recompute": True}, "cpu", 2, 64, 0),
+            marks=pytest.mark.oracle,
+        ),
+        pytest.param(
+            *("shakespeare-char", WIDE | {"precision": "bf16", "block_size": 96, "window": 40}),
+            *("cpu", 1, 40, 2**25),
+            marks=pytest.mark.oracle,
         ),
     ],
     ids=["reference", "documents", "large", "bf16"],
