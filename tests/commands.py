@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 from warm import Warm
+
+# With this, each of a thousand commands would compile the package's source again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 COMMAND = [sys.executable, "-m", "tapeless"]
 SMALL = ("--engine", "reference", "--steps", "20", "--samples", "2")
@@ -32,6 +36,17 @@ def environment(**changes: str) -> dict[str, str]:
 WARM = Warm(environment())
 
 
+def listen() -> None:
+    """Let a new process hear the signals that these tests may have been started to ignore, by nohup or in the
+    background of a shell."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+# Options for whatever starts a process that is sent signals.
+LISTENING: dict[str, Any] = {} if os.name == "nt" else {"preexec_fn": listen}
+
+
 def tapeless(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     environ = environment()
@@ -46,7 +61,7 @@ def tapeless(*arguments: Any, cwd: Path, **options: Any) -> subprocess.Completed
 
 def start(*arguments: Any, cwd: Path, **options: Any) -> subprocess.Popen[str]:
     """Start a command, to be interrupted or run beside others."""
-    options = {"env": environment()} | options
+    options = {"env": environment(), **LISTENING} | options
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", **options,

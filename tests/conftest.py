@@ -11,12 +11,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 import tapeless
+from commands import LISTENING
 from originals import original
 
 ROOT = Path(__file__).parents[1]
-
-# With this, each of a thousand commands would compile the package's source again.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # `make test` draws the same examples on every machine, so that a failure anywhere can be repeated everywhere.
 # `make test-oracles` draws new ones each time. What fails there is kept in the folder .hypothesis and tried
@@ -50,6 +48,7 @@ def child() -> Callable[..., str]:
             capture_output=True,
             text=True,
             check=False,
+            **LISTENING,
         )
         assert result.returncode == 0, result.stderr
         assert result.stderr == ""

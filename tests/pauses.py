@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from commands import COMMAND, environment
+from commands import COMMAND, LISTENING, environment
 
 HOOKS = Path(__file__).parent / "hooks"  # sitecustomize.py
 
@@ -119,7 +119,7 @@ def start(
         alive, held = os.pipe()  # the other end is closed when the process ends
         popen = subprocess.Popen(
             command, cwd=cwd, env=env, stdout=stdout, stderr=subprocess.PIPE, encoding="utf-8",
-            pass_fds=(held,), start_new_session=True,
+            pass_fds=(held,), start_new_session=True, **LISTENING,
         )  # fmt: skip
         os.close(held)
         process = Process(popen, listener, alive)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tapeless as tl
-from commands import COMMAND, environment, succeeds
+from commands import COMMAND, LISTENING, environment, listen, succeeds
 from tapeless.errors import RunError
 from test_runs import contents, losses
 
@@ -35,7 +35,7 @@ ENDLESS = ("--engine", "reference", "--steps", "100000000", "--out", "run")
 
 def driven(*arguments, cwd, **streams):
     command = [sys.executable, "-c", DRIVER, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, env=environment(TERM="xterm"), **streams)
+    return subprocess.Popen(command, cwd=cwd, env=environment(TERM="xterm"), **(LISTENING | streams))
 
 
 def saved_step(folder):
@@ -89,6 +89,7 @@ def test_a_terminal_that_is_closed(ignores, tmp_path):
 
     def begin():
         os.login_tty(theirs)
+        listen()
         if ignores:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
@@ -259,7 +260,9 @@ main()
 def test_a_command_that_is_stopped_leaves_nothing_half_done(number, code, scratch):
     before = contents(scratch)
     command = [sys.executable, "-c", WAITS, *COMMANDS["tokenize"]]
-    process = subprocess.Popen(command, cwd=scratch, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=scratch, env=environment(), stderr=subprocess.PIPE, text=True, **LISTENING
+    )
     assert process.stderr.readline() == "waiting\n"
     process.send_signal(number)
     assert process.communicate()[1] == "Interrupted.\n"
@@ -285,7 +288,9 @@ main()
 def test_a_second_signal_leaves_out_what_takes_long(number, code, tmp_path):
     arguments = ("--engine", "reference", "--set", "val_fraction=0.1", "--eval-every", "5", "--out", "run")
     command = [sys.executable, "-c", VALIDATES, "train", *arguments]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, **LISTENING
+    )
     while process.stderr.readline() != "validating\n":
         assert process.poll() is None
     process.send_signal(number)
