@@ -124,7 +124,7 @@ def test_a_hangup_stops_a_run_as_ctrl_c_does(tmp_path):
 def test_ctrl_c_when_tee_has_ended_before(tmp_path):
     """`tapeless train … 2>&1 | tee log`: the terminal sends Ctrl-C to both."""
     process = driven("train", *ENDLESS, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    tee = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
+    tee = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL, **LISTENING)
     process.stdout.close()
     while not saved_step(tmp_path / "run"):
         assert process.poll() is None
