@@ -517,11 +517,11 @@ def test_who_reads_sees_a_checkpoint_whole(waits, tmp_path, monkeypatch):
     def load():
         seen.add(tl.load(folder, "reference").engine.params.tobytes())
 
-    points = CHANGES_OF_FILES if waits == "writer" else ["tapeless.job:Job.advance"]
+    points = ["tapeless.job:Job.advance", *(CHANGES_OF_FILES if waits == "writer" else ())]
     with pauses.start(at=points, cwd=tmp_path, code=BUSY) as process, warnings.catch_warnings():
         warnings.simplefilter("error")
-        while not (folder / "state.safetensors").exists():
-            process.next()
+        while process.next().name != "Job.advance":  # the run has come to its place
+            pass
         if waits == "writer":
             for _ in range(150):
                 process.next()
