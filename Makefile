@@ -1,6 +1,6 @@
 # make demo          install into .venv and train microgpt on the built-in names
 # make test          the tests, on a fresh machine too
-# make test-oracles  heavier proofs: every combination of choices; PyTorch and transformers
+# make test-oracles  heavier proofs: every combination of choices; PyTorch and transformers; new examples
 # make test-llamacpp GGUF files in llama.cpp itself, which is compiled first: some ten minutes of processor time
 # make lint          ruff, formatting, type checks
 # make format        let ruff put the formatting right
@@ -29,11 +29,14 @@ BIN := $(VENV)/$(PROGRAMS)
 demo: $(VENV)/.installed
 	$(BIN)/tapeless train
 
+# Neighbours stay on one process, which shares what they have made: that saves more than evenness would.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
+
 test: $(VENV)/.tested
-	$(BIN)/pytest -n 2
+	$(PYTEST)
 
 test-oracles: $(VENV)/.oracles
-	$(BIN)/pytest -n 2 -m oracle
+	$(PYTEST) -m 'oracle or hypothesis' --hypothesis-profile=oracles
 
 test-llamacpp: $(VENV)/.llamacpp
 	$(BIN)/pytest -m oracle tests/test_llamacpp.py

@@ -55,6 +55,11 @@ def begun(folder: Path) -> bool:
     return folder.exists() and any(path.name[0] != "." or path.name == ".new" for path in folder.iterdir())
 
 
+def newest(folder: Path) -> str:
+    """The name of the last checkpoint."""
+    return max((path.name for path in folder.glob("checkpoints/*-step-*")), default="")
+
+
 def being_written(folder: Path) -> bool:
     """Whether a killed process left something that it was writing or removing."""
     return any(path.name.startswith(".") and path.name != ".lock" for path in folder.rglob("*"))
@@ -72,11 +77,12 @@ def kill(kills: int, number: int, seed: int, steps: int = 6000) -> dict[str, Any
         while told["kills"] < kills:
             folder = Path(name) / f"run-{turn}"
             turn += 1
+            patience, reached = 0.75 * lasts, ""
             while True:
                 options: Any = {"stderr": subprocess.PIPE, "text": True}
                 process = subprocess.Popen(command(folder, steps), **options)
                 try:
-                    _, errors = process.communicate(timeout=chance.uniform(0, 0.75 * lasts))
+                    _, errors = process.communicate(timeout=chance.uniform(0, patience))
                     assert process.returncode == 0, errors
                     break
                 except subprocess.TimeoutExpired:
@@ -89,6 +95,9 @@ def kill(kills: int, number: int, seed: int, steps: int = 6000) -> dict[str, Any
                 early = "KeyboardInterrupt" in errors or "ImportError" in errors
                 gentle = "Traceback" not in errors or early
                 assert number == signal.SIGKILL or gentle, errors
+                # On a machine that has become slower it needs more time to come any further at all.
+                before, reached = reached, newest(folder)
+                patience = 1.5 * patience if reached == before else 0.75 * lasts
                 if not begun(folder):
                     told["before the first save"] += 1
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from warm import Warm
+
+# With this, each of a thousand commands would compile the package's source again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 COMMAND = [sys.executable, "-m", "tapeless"]
 SMALL = ("--engine", "reference", "--steps", "20", "--samples", "2")
@@ -23,12 +29,30 @@ def signals(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    return os.environ | {"COLUMNS": "80", "PYTHONUTF8": "1"} | changes
+    environ = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return environ | {"COLUMNS": "80", "PYTHONUTF8": "1"} | changes
+
+
+WARM = Warm(environment())
+
+
+def listen() -> None:
+    """Let a new process hear the signals that these tests may have been started to ignore, by nohup or in the
+    background of a shell."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+# Options for whatever starts a process that is sent signals.
+LISTENING: dict[str, Any] = {} if os.name == "nt" else {"preexec_fn": listen}
 
 
 def tapeless(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
-    options = {"env": environment()} | options
+    environ = environment()
+    if not options and (done := WARM.run([*map(str, arguments)], cwd, environ)):
+        return done
+    options = {"env": environ} | options
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd, capture_output=True, encoding="utf-8", check=False, **options,
@@ -37,7 +61,7 @@ def tapeless(*arguments: Any, cwd: Path, **options: Any) -> subprocess.Completed
 
 def start(*arguments: Any, cwd: Path, **options: Any) -> subprocess.Popen[str]:
     """Start a command, to be interrupted or run beside others."""
-    options = {"env": environment()} | options
+    options = {"env": environment(), **LISTENING} | options
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", **options,
@@ -79,6 +103,21 @@ def refused(*arguments: Any, cwd: Path, **options: Any) -> str:
     assert len(errors) == 1, result.stderr
     assert result.stderr.splitlines()[-1] == errors[0]
     return errors[0]
+
+
+def without_privileges() -> None:
+    """Let root be bound by permissions as everybody is: to be called in a new process before its command."""
+    import ctypes
+
+    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+# For tests of permissions.
+bound_by_permissions = pytest.mark.skipif(
+    sys.platform != "linux" and (os.name == "nt" or os.geteuid() == 0), reason="may read and write everything"
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

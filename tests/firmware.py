@@ -30,11 +30,11 @@ def export(*arguments: Any, out: Path) -> Path:
     return out
 
 
-def run(*command: Any, cwd: Path, timeout: float = 300) -> str:
+def run(*command: Any, cwd: Path) -> str:
     """What a program prints, to either stream, that ends well."""
     result = subprocess.run(
         [str(word) for word in command],
-        cwd=cwd, capture_output=True, text=True, check=False, timeout=timeout, stdin=subprocess.DEVNULL,
+        cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert result.returncode == 0, f"{result.stdout[-2000:]}{result.stderr[-4000:]}"
     return result.stdout + result.stderr

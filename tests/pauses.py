@@ -5,10 +5,10 @@
         process.send_signal(signal.SIGINT)
         process.let_go()                      # it goes on and stops nowhere any more
 
-So a test can bring a command to a certain state and act exactly then, however fast the machine is. The package
-does not know of this: `hooks/sitecustomize.py` wraps the functions as Python starts, also in the processes that
-the command starts. At each call the process connects to a socket of the test, says which point it has reached,
-and waits until the test closes that connection. It handles signals while it waits.
+So a test can bring a command to a certain state and act exactly then, however fast the machine is. The
+package does not know of this: `hooks/sitecustomize.py` wraps the functions as Python starts, also in the
+processes that the command starts. At each call the process connects to a socket of the test, says which point
+it has reached, and waits until the test closes that connection. It handles signals while it waits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from commands import COMMAND, environment
+from commands import COMMAND, LISTENING, environment
 
 HOOKS = Path(__file__).parent / "hooks"  # sitecustomize.py
 
@@ -119,7 +119,7 @@ def start(
         alive, held = os.pipe()  # the other end is closed when the process ends
         popen = subprocess.Popen(
             command, cwd=cwd, env=env, stdout=stdout, stderr=subprocess.PIPE, encoding="utf-8",
-            pass_fds=(held,), start_new_session=True,
+            pass_fds=(held,), start_new_session=True, **LISTENING,
         )  # fmt: skip
         os.close(held)
         process = Process(popen, listener, alive)

@@ -10,14 +10,21 @@ from helpers import PRESETS, random_batch, random_model
 from tapeless.layout import n_params
 from tapeless.ops import reference
 
+COMPILED = ("microgpt", "flashmicrogpt", "gpt2")  # by `make test`; the oracles compile all
 ENGINES = [("reference", "float64"), ("reference", "float32"), ("cpu", "float32")]
 
 
 # ---------------------------------------------------------------- decoding
 
 
-@pytest.mark.parametrize("engine", ["reference", "cpu"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "engine"),
+    [
+        *((preset, "reference") for preset in PRESETS),
+        *((preset, "cpu") for preset in COMPILED),
+        *(pytest.param(p, "cpu", marks=pytest.mark.oracle) for p in PRESETS if p not in COMPILED),
+    ],
+)
 def test_cached_decoding_gives_the_logits_of_the_full_pass(preset, engine):
     """One position at a time from cached keys and values, and beyond the block from the last T tokens."""
     config = PRESETS[preset]
@@ -34,8 +41,14 @@ def test_cached_decoding_gives_the_logits_of_the_full_pass(preset, engine):
 # ---------------------------------------------------------------- hyper-connections
 
 
-@pytest.mark.parametrize(("engine", "dtype"), ENGINES)
-@pytest.mark.parametrize("streams", [2, 4])
+@pytest.mark.parametrize(
+    ("streams", "engine", "dtype"),
+    [
+        *((2, *engine) for engine in ENGINES),
+        *((4, *engine) for engine in ENGINES[:2]),
+        pytest.param(4, *ENGINES[2], marks=pytest.mark.oracle),
+    ],
+)
 def test_hyper_connections_begin_as_the_plain_residual(streams, engine, dtype):
     """With two or four streams, halves and quarters: equal to the last bit."""
     plain = tl.GPTConfig(vocab_size=9, block_size=6, n_layer=2, n_head=2, n_embd=8, norm_embed=True)

@@ -14,7 +14,7 @@ import pytest
 import golden
 import hub
 import tapeless as tl
-from commands import contents, environment, refused, succeeds
+from commands import bound_by_permissions, contents, environment, refused, succeeds, without_privileges
 from tapeless.convert import convert
 from tapeless.data.tokenizers import CharTokenizer, read_tokenizer
 from tapeless.errors import RunError
@@ -415,10 +415,12 @@ def test_a_pipe_is_not_waited_for(name, here):
     assert f"cannot read hf/{name}: it is no regular file" in refused("convert", "hf", "out.bin", cwd=here)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@bound_by_permissions
 def test_without_permission(here):
     (here / "llmc_v3.bin").chmod(0)
-    assert "Permission denied" in refused("convert", "llmc_v3.bin", "out.bin", cwd=here)
+    assert "Permission denied" in refused(
+        "convert", "llmc_v3.bin", "out.bin", cwd=here, preexec_fn=without_privileges
+    )
 
 
 # ---------------------------------------------------------------- the hub

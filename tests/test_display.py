@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 import tapeless as tl
-from commands import COMMAND, environment, succeeds
+from commands import COMMAND, LISTENING, environment, listen, succeeds
 from tapeless.errors import RunError
 from test_runs import contents, losses
 
@@ -34,7 +34,7 @@ ENDLESS = ("--engine", "reference", "--steps", "100000000", "--out", "run")
 
 def driven(*arguments, cwd, **streams):
     command = [sys.executable, "-c", DRIVER, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, env=environment(TERM="xterm"), **streams)
+    return subprocess.Popen(command, cwd=cwd, env=environment(TERM="xterm"), **(LISTENING | streams))
 
 
 def saved_step(folder):
@@ -79,6 +79,7 @@ def read_until_saved(process, ours, folder):
         os.read(ours, 65536)
 
 
+@pytest.mark.signals
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="no os.login_tty")
 @pytest.mark.parametrize("ignores", [False, True], ids=["as usual", "as by nohup"])
 def test_a_terminal_that_is_closed(ignores, tmp_path):
@@ -87,6 +88,7 @@ def test_a_terminal_that_is_closed(ignores, tmp_path):
 
     def begin():
         os.login_tty(theirs)
+        listen()
         if ignores:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
@@ -102,6 +104,7 @@ def test_a_terminal_that_is_closed(ignores, tmp_path):
     assert_saved(tmp_path / "run")
 
 
+@pytest.mark.signals
 def test_a_hangup_stops_a_run_as_ctrl_c_does(tmp_path):
     process = driven("train", *ENDLESS, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not saved_step(tmp_path / "run"):
@@ -116,10 +119,11 @@ def test_a_hangup_stops_a_run_as_ctrl_c_does(tmp_path):
 # ---------------------------------------------------------------- pipes
 
 
+@pytest.mark.signals
 def test_ctrl_c_when_tee_has_ended_before(tmp_path):
     """`tapeless train … 2>&1 | tee log`: the terminal sends Ctrl-C to both."""
     process = driven("train", *ENDLESS, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    tee = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
+    tee = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL, **LISTENING)
     process.stdout.close()
     while not saved_step(tmp_path / "run"):
         assert process.poll() is None
@@ -248,13 +252,16 @@ main()
 """
 
 
+@pytest.mark.signals
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_command_that_is_stopped_leaves_nothing_half_done(number, code, scratch):
     before = contents(scratch)
     command = [sys.executable, "-c", WAITS, *COMMANDS["tokenize"]]
-    process = subprocess.Popen(command, cwd=scratch, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=scratch, env=environment(), stderr=subprocess.PIPE, text=True, **LISTENING
+    )
     assert process.stderr.readline() == "waiting\n"
     process.send_signal(number)
     assert process.communicate()[1] == "Interrupted.\n"
@@ -275,11 +282,14 @@ main()
 """
 
 
+@pytest.mark.signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_second_signal_leaves_out_what_takes_long(number, code, tmp_path):
     arguments = ("--engine", "reference", "--set", "val_fraction=0.1", "--eval-every", "5", "--out", "run")
     command = [sys.executable, "-c", VALIDATES, "train", *arguments]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, **LISTENING
+    )
     while process.stderr.readline() != "validating\n":
         assert process.poll() is None
     process.send_signal(number)
@@ -470,6 +480,7 @@ def test_an_error_that_cannot_be_followed_by_a_save(tmp_path, monkeypatch, whole
     assert losses(tmp_path / "run") == whole.losses.tolist()
 
 
+@pytest.mark.signals
 def test_texts_that_are_left_out_leave_no_trace(tmp_path, monkeypatch, whole):
     """Two Ctrl-C's while texts are generated: the random numbers of later steps are the same."""
     job = importlib.import_module("tapeless.job")

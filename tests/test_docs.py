@@ -86,7 +86,9 @@ def test_other_links_lead_somewhere():
     text = FENCE.sub("", PAGE.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(targets) > 10
+    for target in targets:
         path, _, anchor = target.partition("#")
         assert (PAGE.parent / path).exists(), target
         assert path or anchor in anchors, target

@@ -40,7 +40,7 @@ def test_ten_steps_of_adamw(saved, tmp_path):
     succeeds(
         "train", here, "--pretrained", here / "hf", "--batch-size", B, "--block-size", T, "--steps", "10",
         "--eval-every", "5", "--set", "eval_batches=3", "--samples", "0", "--out", "run",
-        cwd=tmp_path, timeout=600,
+        cwd=tmp_path,
     )  # fmt: skip
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 

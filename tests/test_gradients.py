@@ -22,12 +22,21 @@ from tapeless.ops import reference
 # ---------------------------------------------------------------- finite differences
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("lengths", [[16], [1, 16, 3, 7]], ids=["document", "packed"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_entry_of_a_preset(preset, lengths):
     config = PRESETS[preset]
     model = random_model(config)
     assert gradient_mistakes(model, random_batch(config, lengths, seed=1)) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_seventh_entry_of_a_preset(preset):
+    """Of every tensor some, since none has fewer than seven in a row but the hyper-connections' numbers."""
+    config = PRESETS[preset]
+    model = random_model(config)
+    assert gradient_mistakes(model, random_batch(config, [1, 16, 3, 7], seed=1), every=7) == []
 
 
 @given(st.data())

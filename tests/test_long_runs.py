@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import kills
 import numpy as np
 import pytest
 
 import tapeless as tl
-from commands import environment
+from commands import environment, signals
 from tapeless.job import Losses
 
 SOAK = """
-import importlib, json, os, sys, time
+import importlib, json, os, sys
 train = importlib.import_module("tapeless.train")
-train.SAVE_SECONDS, train.SAVE_SHARE, train.CHUNK_SECONDS = 0.3, 1e9, 0.0005
+train.SAVE_SECONDS, train.SAVE_SHARE, train.CHUNK_SECONDS = 0.0, 1e9, 0.0005  # each chunk is saved
 job = importlib.import_module("tapeless.job")
 job.Losses.MOST, job.UNLOGGED = 2**12, 2**10
+os.fsync = lambda _: None  # which takes most of the time here, and no memory
 
 class Watch:
-    def __init__(self): self.last, self.steps = 0, 0
+    def __init__(self): self.steps, self.chunks = 0, 0
     def update(self, losses):
         self.steps += len(losses)
-        if time.monotonic() - self.last > 0.5:
-            self.last = time.monotonic()
+        self.chunks += 1
+        if self.chunks % 20 == 0:
             resident = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
             left = sum(len(names) + len(folders) for _, folders, names in os.walk("run"))
@@ -46,20 +45,20 @@ except train.Interrupted:
 """
 
 
+@signals
 @pytest.mark.oracle
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat_in_a_long_run(tmp_path):
-    """An hour's worth of chunks, saves, evaluations and texts, in a minute: a thousand times shorter each."""
+    """1,500 chunks, each of them saved: as many saves as in four hours."""
     command = [sys.executable, "-c", SOAK]
     options = {"cwd": tmp_path, "env": environment(), "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **options) as process:
-        time.sleep(60)
+        lines = [process.stdout.readline() for _ in range(75)]
         process.send_signal(signal.SIGTERM)
-        told = process.communicate(timeout=60)[0]
+        process.communicate()
     assert process.returncode == 0
-    steps, resident, files, threads, left = np.array([json.loads(line) for line in told.splitlines()]).T
+    steps, resident, files, threads, left = np.array([json.loads(line) for line in lines]).T
     settled = len(steps) // 4
-    assert steps[-1] > 10_000
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} >= set(range(100, int(steps[-1]) // 100 * 100, 100))
     assert resident[settled:].max() - resident[settled:].min() < 4e6, resident.tolist()
@@ -104,8 +103,8 @@ def test_a_run_keeps_all_of_eight_million_losses():
 # ---------------------------------------------------------------- killed at random
 
 
+@signals
 @pytest.mark.oracle
-@pytest.mark.skipif(os.name == "nt", reason="sends signals")
 @pytest.mark.parametrize(
     ("name", "count"),
     [

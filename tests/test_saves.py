@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import warnings
 from contextlib import ExitStack
 
@@ -22,7 +21,15 @@ from safetensors.numpy import load_file
 
 import pauses
 import tapeless as tl
-from commands import SMALL, contents, refused, signals, succeeds
+from commands import (
+    SMALL,
+    bound_by_permissions,
+    contents,
+    refused,
+    signals,
+    succeeds,
+    without_privileges,
+)
 from tapeless.errors import Notice, RunError
 from tapeless.io import folders, lock
 from test_runs import interrupt, killed_at_last, losses
@@ -295,6 +302,7 @@ def at_each_change(run, work, monkeypatch):
 
 
 @forks
+@pytest.mark.signals
 @pytest.mark.oracle
 def test_a_process_killed_anywhere_in_a_save(run, whole, monkeypatch):
     """What is there is a checkpoint of before or one of now, never both in one; and it goes on from there to
@@ -367,15 +375,7 @@ def test_a_disk_that_returns_something_else(run, monkeypatch):
     assert contents(run) == before
 
 
-def without_privileges():
-    """Let root be bound by permissions as everybody is."""
-    import ctypes
-
-    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
-    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="drops a capability")
+@bound_by_permissions
 def test_a_folder_that_may_not_be_written(run):
     before = contents(run)
     folders = [run, run / "checkpoints"]
@@ -517,11 +517,11 @@ def test_who_reads_sees_a_checkpoint_whole(waits, tmp_path, monkeypatch):
     def load():
         seen.add(tl.load(folder, "reference").engine.params.tobytes())
 
-    points = CHANGES_OF_FILES if waits == "writer" else ["tapeless.job:Job.advance"]
+    points = ["tapeless.job:Job.advance", *(CHANGES_OF_FILES if waits == "writer" else ())]
     with pauses.start(at=points, cwd=tmp_path, code=BUSY) as process, warnings.catch_warnings():
         warnings.simplefilter("error")
-        while not (folder / "state.safetensors").exists():
-            process.next()
+        while process.next().name != "Job.advance":  # the run has come to its place
+            pass
         if waits == "writer":
             for _ in range(150):
                 process.next()

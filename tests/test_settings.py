@@ -126,7 +126,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
         ("train", "fifo"), ("train", "fifo.bin"), ("train", "--val", "fifo"), ("train", "--config", "fifo"),
         ("train", "--pretrained", "fifo"), (*tokenize, "fifo"), ("tokenize", "fifo", *tokenize[2:], "chars"),
     ):  # fmt: skip
-        error = refused(*arguments, *(QUICK if arguments[0] == "train" else ()), cwd=tmp_path, timeout=60)
+        error = refused(*arguments, *(QUICK if arguments[0] == "train" else ()), cwd=tmp_path)
         assert "fifo" in error
     assert {path.name for path in tmp_path.iterdir()} == {"fifo", "fifo.bin", "text.txt"}
 

@@ -104,7 +104,8 @@ class GPT:
             raise ConfigError(f"tokenizer must be a tl.Tokenizer or None, not {type(tokenizer).__name__}.")
         if tokenizer is not None and tokenizer.vocab_size > self.config.vocab:
             raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only {self.config.vocab:,}."
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only "
+                f"{self.config.vocab:,}."
             )
         self._tokenizer = tokenizer
 

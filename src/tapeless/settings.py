@@ -88,9 +88,7 @@ class Training:
         "sequence",
         "llmc",
     )
-    token_dtype: str = setting(
-        AUTO, "Integer type of token files without a header.", AUTO, *TOKEN_DTYPES
-    )
+    token_dtype: str = setting(AUTO, "Integer type of token files without a header.", AUTO, *TOKEN_DTYPES)
     val_fraction: float = setting(
         0.0,
         "Fraction of the data held out for validation: the end of a text, or documents here and there.",

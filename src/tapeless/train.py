@@ -99,8 +99,8 @@ class Interrupted(KeyboardInterrupt):
 class Progress(Protocol):
     """What training tells while it runs; see tapeless.progress. `evaluated` and `sampled` come only where
     there is something to tell. These methods are optional: `speed`, at most once a second, `stopping`, when
-    Ctrl-C came while something else than a step was done, and `skipped`, for a step that was left out. If one of
-    them raises, training ends: what was done is saved, then `train` raises that."""
+    Ctrl-C came while something else than a step was done, and `skipped`, for a step that was left out. If
+    one of them raises, training ends: what was done is saved, then `train` raises that."""
 
     def start(self, lines: list[str]) -> None: ...
     def compiling(self) -> None: ...
