@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 NAMES = (
     "run_config", "run_tokenizer", "run_model", "run_state", "run_metrics", "run_manifest", "llmc_model",
-    "llmc_state", "huggingface_config", "huggingface_model", "shard", "tokenizer", "llmc_tokenizer",
+    "llmc_state", "huggingface_config", "huggingface_model", "shard", "array", "tokenizer", "llmc_tokenizer",
     "vocab_and_merges", "toml", "text",
 )  # fmt: skip
 
