@@ -89,6 +89,7 @@ def test_the_generator_is_torchs():
     chunks=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     kind=st.sampled_from(["sequence", "llmc"]),
 )
+@pytest.mark.filterwarnings("ignore::tapeless.errors.Notice")  # some have no batch
 def test_batches_are_those_of_llmc(tmp_path_factory, sizes, B, T, chunks, kind):
     folder = tmp_path_factory.mktemp("shards")
     parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])

@@ -613,6 +613,10 @@ def test_a_text_to_fine_tune_on_holds_out_its_end(tmp_path):
     told = succeeds("train", "short.txt", *fine, "--out", "short", cwd=tmp_path).stderr
     assert "short.txt (70 tokens, vocabulary" in told
     assert "The text is too short to hold out a part of it for validation." in told
+    # What is held out does not change with the batches of a run that goes on.
+    for batch, run, size in ((8, "fine", f"{int(len(text) * 0.9):,} tokens and"), (1, "short", "70 tokens,")):
+        again = ("--resume", "--out", run, *QUIET, "--steps", 3, "--batch-size", batch)
+        assert size in succeeds("train", *again, cwd=tmp_path).stderr
     told = succeeds("train", "t.txt", *fine, "--val", "short.txt", "--out", "val", cwd=tmp_path).stderr
     assert f"{len(text):,} tokens and 70 to validate on" in told
     write_shard(tmp_path / "x.bin", [1] * 100)
