@@ -25,11 +25,12 @@ job.Losses.MOST, job.UNLOGGED = 2**12, 2**10
 os.fsync = lambda _: None  # which takes most of the time here, and no memory
 
 class Watch:
-    def __init__(self): self.steps, self.chunks = 0, 0
+    def __init__(self): self.steps, self.chunks, self.measured = 0, 0, False
+    def speed(self, speed): self.measured = True  # for which the processor was measured, by what Numba compiles
     def update(self, losses):
         self.steps += len(losses)
-        self.chunks += 1
-        if self.chunks % 20 == 0:
+        self.chunks += self.measured
+        if self.measured and self.chunks % 20 == 0:
             resident = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
             left = sum(len(names) + len(folders) for _, folders, names in os.walk("run"))
@@ -38,7 +39,7 @@ class Watch:
 
 try:
     train.train(out="run", steps=10**9, progress=Watch(), log_every=100, threads=2, set={
-        "batch_size": 4, "eval_every": 500, "val_fraction": 0.01, "sample_every": 1000,
+        "batch_size": 4, "eval_every": 50, "val_fraction": 0.01, "sample_every": 100,
         "schedule": "constant", "bad_steps": "skip", "spike": 3.0})
 except train.Interrupted:
     pass
