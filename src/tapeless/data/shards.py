@@ -21,7 +21,7 @@ import numpy as np
 
 from tapeless import files
 from tapeless.data import headerless
-from tapeless.errors import DataError, Notice
+from tapeless.errors import DataError, Notice, argument
 from tapeless.regular import open_regular
 
 HEADER = 1024  # bytes
@@ -209,7 +209,7 @@ class Shards:
             warnings.warn(
                 Notice(
                     f"{first.path}{more} has no header: its tokens are read as {first.dtype.name}. "
-                    "If they are something else, give --token-dtype."
+                    f"If they are something else, give {argument('token_dtype')}."
                 ),
                 stacklevel=4,
             )
