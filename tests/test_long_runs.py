@@ -26,7 +26,8 @@ os.fsync = lambda _: None  # which takes most of the time here, and no memory
 
 class Watch:
     def __init__(self): self.steps, self.chunks, self.measured = 0, 0, False
-    def speed(self, speed): self.measured = True  # for which the processor was measured, by what Numba compiles
+    # For this the processor was measured, by code that Numba compiles.
+    def speed(self, speed): self.measured = True
     def update(self, losses):
         self.steps += len(losses)
         self.chunks += self.measured

@@ -26,9 +26,8 @@ def remarks(data: Data, training: Training, about: Mapping[str, Any], longest: i
             lines.append("The text is too short to hold out a part of it for validation.")
         else:
             share = f"{training.val_fraction:.0%} of the text"
-            lines.append(
-                f"{share} is held out for validation; {argument('set', {'val_fraction': 0})} trains on all of it."
-            )
+            none = argument("set", {"val_fraction": 0})
+            lines.append(f"{share} is held out for validation; {none} trains on all of it.")
     if data.lines and train.spans is not None and train.n_cut:
         were = "was" if train.n_cut == 1 else "were"
         what = "truncated" if training.order == "shuffle" else "left out"
