@@ -1,6 +1,7 @@
 # make demo          install into .venv and train microgpt on the built-in names
 # make test          the tests, on a fresh machine too
 # make test-oracles  heavier proofs: every combination of choices; PyTorch and transformers
+# make test-arm      the CPU engine on an emulated 64-bit ARM processor (as root, on Debian)
 # make lint          ruff, formatting, type checks
 # make format        let ruff put the formatting right
 # make bench         how fast this machine is, and what share of its peak
@@ -23,7 +24,7 @@ PACKAGES := gcc g++ clang libclang-rt-14-dev \
 VENV := .venv
 BIN := $(VENV)/$(PROGRAMS)
 
-.PHONY: demo test test-oracles lint format bench fuzz packages clean
+.PHONY: demo test test-oracles test-arm lint format bench fuzz packages clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tapeless train
@@ -33,6 +34,12 @@ test: $(VENV)/.tested
 
 test-oracles: $(VENV)/.oracles
 	$(BIN)/pytest -n 2 -m oracle
+
+test-arm: $(VENV)/.tested build/arm64/python
+	$(BIN)/pytest -m arm
+
+build/arm64/python: .ci/arm64 pyproject.toml | $(VENV)/.tested
+	PYTHON=$(BIN)/python .ci/arm64 build/arm64
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .
