@@ -380,7 +380,7 @@ def held_out(folder: Path) -> Data:
     place = saves.newest(folder, runs.MODEL)  # as for the model itself
     data = _read(resumed(folder, place, None, None, None, None, {}, None, None, None, None))
     if data.val is None:
-        raise RunError(f"{folder} has no validation data: pass the data to evaluate it on.")
+        raise RunError(f"{folder} has no validation data: pass DATA.")
     return data
 
 
