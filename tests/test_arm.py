@@ -70,7 +70,8 @@ def test_it_trains_and_generates_as_this_processor_does(threads, arm, here, tmp_
 
 @pytest.mark.parametrize("preset", ["microgpt", "flashmicrogpt"])
 def test_gradients(preset, arm):
-    assert "All gradients agree." in arm("-m", "tapeless", "check", preset)
+    """Those of the reference by a sample and along random directions; the engine's all."""
+    assert "All gradients agree." in arm("-m", "tapeless", "check", preset, "--entries", "10")
 
 
 def test_products_in_bfloat16_have_the_same_bits(arm, child):
