@@ -43,7 +43,7 @@ test-llamacpp: $(VENV)/.llamacpp
 	$(BIN)/pytest -m oracle tests/test_llamacpp.py
 
 test-arm: $(VENV)/.tested build/arm64/python
-	$(BIN)/pytest -m arm
+	$(PYTEST) -m arm
 
 build/arm64/python: .ci/arm64 pyproject.toml | $(VENV)/.tested
 	PYTHON=$(BIN)/python .ci/arm64 build/arm64

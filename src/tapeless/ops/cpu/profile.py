@@ -57,16 +57,15 @@ class ProfiledEngine(Engine):
         return timed(super().make_ops(decoding))
 
 
-def clock() -> str | None:
-    """LLVM's name of the processor's clock, if programs may read it: of cycles on x86-64; on 64-bit ARM of a
-    counter that ticks less often, but as evenly."""
-    if llvm.get_default_triple().startswith("x86_64"):
-        return "llvm.readcyclecounter"
-    return "llvm.readsteadycounter" if native.is_arm() else None
+def has_clock() -> bool:
+    """Whether programs may read the processor's clock: cycles on x86-64; on 64-bit ARM, where the counter of
+    cycles is the system's, another one, which ticks less often but as evenly."""
+    return llvm.get_default_triple().startswith("x86_64") or native.is_arm()
 
 
 def check_clock() -> None:
-    if clock() is None:
+    """Raise `ConfigError` unless programs may read the clock."""
+    if not has_clock():
         raise ConfigError("profiling reads the clock of an x86-64 or 64-bit ARM processor; this is another.")
 
 
@@ -116,8 +115,13 @@ def _make_clock() -> tuple[Any, Any]:
     word, n = ir.IntType(64), len(FAMILIES)
 
     def now(builder: Any) -> Any:
-        read = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, []), clock())
-        return builder.call(read, [])
+        # (LLVM's "llvm.readsteadycounter" is always 0 on ARM.)
+        name, given = "llvm.readcyclecounter", []
+        if native.is_arm():
+            register = builder.module.add_metadata(["CNTVCT_EL0"])
+            name, given = "llvm.read_volatile_register.i64", [register]
+        kind = ir.FunctionType(word, [each.type for each in given])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), given)
 
     def place(builder: Any, index: Any) -> Any:
         table = builder.module.globals.get(_SYMBOL)
