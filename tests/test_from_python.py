@@ -259,3 +259,42 @@ def _text(folder: Path) -> Path:
     """The names without ë: 12 letters."""
     (folder / "other").write_text("\n".join(name for name in NAMES if name.isascii()))
     return folder
+
+
+# ---------------------------------------------------------------- what stays with a model; refusals
+
+
+def test_the_positions_that_were_trained_stay_with_a_model(tmp_path):
+    """They are what `eval` warns by, so a copy must know them, too."""
+    model = tl.GPT(tl.GPTConfig(vocab_size=40, block_size=16), 0, "reference")
+    model.tokenizer = tl.Tokenizer.characters(NAMES)
+    model.save(tmp_path / "model")
+    assert tl.load(tmp_path / "model").trained_positions is None
+    run = tl.train(
+        NAMES, pretrained=tmp_path / "model", out=tmp_path / "run", set={"block_size": 9}, **REFERENCE
+    )
+    run.model.save(tmp_path / "saved")
+    succeeds("convert", "run", "converted", "--to", "run", cwd=tmp_path)
+    for name in ("run", "saved", "converted"):
+        assert tl.load(tmp_path / name).trained_positions == 9
+
+
+def test_a_run_on_data_from_python_is_exported_with_other_data(tmp_path):
+    tl.train(NAMES, out=tmp_path / "run", **REFERENCE)
+    error = refused("export", "run", "--mode", "train", "--out", "chip", cwd=tmp_path)
+    assert "run was trained on data given in Python, which a run does not keep: give --data." in error
+
+
+@pytest.mark.parametrize("progress", [1, "bar", object()])
+def test_what_is_no_progress_is_refused(progress):
+    with pytest.raises(ConfigError, match="progress must be True, False or a Progress, not"):
+        tl.train(NAMES, **REFERENCE | {"progress": progress})
+
+
+@pytest.mark.parametrize("end", ["", "2", b"", {}, {2: 3}, 2.5])
+def test_what_is_no_end_of_a_text_is_refused(end):
+    model = tl.GPT(tl.GPTConfig(vocab_size=5), 0, "reference")
+    with pytest.raises(ConfigError, match="eos_token_id must be a whole number from 0 to 4"):
+        model.generate([1], n=1, max_tokens=2, eos_token_id=end)
+    with pytest.raises(ConfigError, match="eos_token_id must be a whole number from 0 to 4"):
+        model.eos_token_id = end

@@ -60,5 +60,6 @@ class Ends(NamedTuple):
 def eos_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
     """Return the token ids that `eos_token_id`, one id or several, means. Raises `ConfigError` for anything
     but ids of the vocabulary."""
-    ids = value if isinstance(value, Iterable) else [value]
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    ids = value if several else [value]
     return tuple(dict.fromkeys(whole("eos_token_id", id, 0, vocab_size - 1) for id in ids))

@@ -194,7 +194,14 @@ class GPT:
         Raises `RunError` if that cannot be written.
         """
         with self.lock:
-            runs.save_model(as_path("path", path), self.config, self.tokenizer, self.ends, dict(self.params))
+            runs.save_model(
+                as_path("path", path),
+                self.config,
+                self.tokenizer,
+                self.ends,
+                self.trained_positions,
+                dict(self.params),
+            )
 
     def _fill(self, tokens: Any, targets: Any, starts: Any, weights: Any) -> int:
         tokens, targets = self._ids("tokens", tokens), self._ids("targets", targets)

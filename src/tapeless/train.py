@@ -96,6 +96,9 @@ class Interrupted(KeyboardInterrupt):
         self.run, self.signal = run, signal
 
 
+REQUIRED = ("start", "compiling", "begin", "update", "finish")  # methods of a Progress
+
+
 class Progress(Protocol):
     """What training tells while it runs; see tapeless.progress. `evaluated` and `sampled` come only where
     there is something to tell. These methods are optional: `speed`, at most once a second, `stopping`, when
@@ -197,6 +200,9 @@ def train(
         from tapeless.progress import Console
 
         progress = Console()
+    progress = progress or Silent()
+    if not all(callable(getattr(progress, name, None)) for name in REQUIRED):
+        raise ConfigError(f"progress must be True, False or a Progress, not {progress!r:.60}.")
     with Lock(folder) as lock:
         named = any(given is not None for given in (data, preset, pretrained))  # what to begin a run with
         if resume and folder is not None and (folders.holds_a_run(folder) or not named):
@@ -216,7 +222,7 @@ def train(
             what = what._replace(keep=keep)
         job = plan.prepare(what, lock, log_every, overwrite)
         try:
-            return _run(job, progress or Silent())
+            return _run(job, progress)
         finally:
             job.model.engine.notice = lambda: None  # its user may have it compile something else later
 

@@ -125,7 +125,7 @@ def open_shard(path: Path, vocab_size: int, token_dtype: str = headerless.AUTO) 
     if token_dtype not in (headerless.AUTO, shard.dtype.name):
         raise DataError(
             f"the header of {path} says that its tokens are {shard.dtype.name}, not {token_dtype}: "
-            "leave token_dtype out."
+            f"leave {argument('token_dtype')} out."
         )
     return shard
 

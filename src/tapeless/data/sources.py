@@ -16,7 +16,7 @@ from tapeless.data.headerless import AUTO
 from tapeless.data.orders import Tokens
 from tapeless.data.shards import Shards
 from tapeless.data.tokenizers import Tokenizer, find_tokenizer, is_padded, make_tokenizer, read_tokenizer
-from tapeless.errors import ConfigError, DataError, Notice
+from tapeless.errors import ConfigError, DataError, Notice, argument
 
 
 class Data(NamedTuple):
@@ -86,8 +86,8 @@ def open_data(
         held: Tokens | None = Shards(found.val, vocab_size, token_dtype) if found.val else None
         if val is None and held is None and val_fraction:
             raise DataError(
-                f"{source} has no NAME_val.bin, and of token files no part is held out: give what to "
-                "validate on, or set val_fraction=0."
+                f"{source} has no NAME_val.bin, and of token files no part is held out: give "
+                f"{argument('val')}, or {argument('set', {'val_fraction': 0})}."
             )
         lines = False
     elif isinstance(source, np.ndarray):

@@ -11,7 +11,7 @@ import numpy as np
 
 from tapeless import plan
 from tapeless.config import GPTConfig, from_saved, whole
-from tapeless.data.given import source_of
+from tapeless.data.given import FROM_PYTHON, source_of
 from tapeless.data.tokenizers import Numbers, Tokenizer
 from tapeless.errors import ConfigError, RunError, argument, did_you_mean
 from tapeless.export.trace import Trace, record
@@ -220,6 +220,11 @@ def training_of(source: str) -> Training:
 def data_of(source: str) -> str:
     """What a run was trained on."""
     data = _about(source).get("data")
+    if data == FROM_PYTHON:
+        raise RunError(
+            f"{source} was trained on data given in Python, which a run does not keep: give "
+            f"{argument('data')}."
+        )
     if not isinstance(data, str):
         raise RunError(f"{source} does not say what it was trained on: give {argument('data')}.")
     return data

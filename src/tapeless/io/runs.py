@@ -152,11 +152,12 @@ def save_model(
     config: GPTConfig,
     tokenizer: Tokenizer | None,
     ends: Ends,
+    trained_positions: int | None,
     params: dict[str, np.ndarray],
 ) -> None:
     """Write config.json, tokenizer.json and model.safetensors, in place of a run or model that is there.
     Raises `RunError` if that fails."""
-    _write_model(folder, config, tokenizer, ends, content_of_tensors(params))
+    _write_model(folder, config, tokenizer, ends, trained_positions, content_of_tensors(params))
 
 
 def write_model(folder: Path, model: Checkpoint) -> None:
@@ -164,13 +165,20 @@ def write_model(folder: Path, model: Checkpoint) -> None:
     entries = [(name, FLOAT, shape) for name, shape in _shapes(model.config).items()]
     blocks = (block for name, *_ in entries for block in model.blocks(name, FLOAT))
     tensors: Content = lambda file: safetensors.write(file, entries, blocks, METADATA)  # noqa: E731
-    _write_model(folder, model.config, model.tokenizer, model.ends.within(model.config.vocab), tensors)
+    ends = model.ends.within(model.config.vocab)
+    _write_model(folder, model.config, model.tokenizer, ends, model.trained_positions, tensors)
 
 
 def _write_model(
-    folder: Path, config: GPTConfig, tokenizer: Tokenizer | None, ends: Ends, tensors: Content
+    folder: Path,
+    config: GPTConfig,
+    tokenizer: Tokenizer | None,
+    ends: Ends,
+    trained_positions: int | None,
+    tensors: Content,
 ) -> None:
-    contents = contents_of_model(config, tokenizer, ends, tensors, {})
+    about = {} if trained_positions is None else {"trained_positions": trained_positions}
+    contents = contents_of_model(config, tokenizer, ends, tensors, about)
     for name, content in contents.items():
         write_content(folder / name, content)
     if tokenizer is None:
