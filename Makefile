@@ -2,6 +2,7 @@
 # make test          the tests, on a fresh machine too
 # make test-oracles  heavier proofs: every combination of choices; PyTorch and transformers; new examples
 # make test-llamacpp GGUF files in llama.cpp itself, which is compiled first: some ten minutes of processor time
+# make test-arm      the CPU engine on an emulated 64-bit ARM processor (as root, on Debian)
 # make lint          ruff, formatting, type checks
 # make format        let ruff put the formatting right
 # make bench         how fast this machine is, and what share of its peak
@@ -24,7 +25,7 @@ PACKAGES := gcc g++ clang libclang-rt-14-dev \
 VENV := .venv
 BIN := $(VENV)/$(PROGRAMS)
 
-.PHONY: demo test test-oracles test-llamacpp lint format bench fuzz packages clean
+.PHONY: demo test test-oracles test-llamacpp test-arm lint format bench fuzz packages clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tapeless train
@@ -40,6 +41,12 @@ test-oracles: $(VENV)/.oracles
 
 test-llamacpp: $(VENV)/.llamacpp
 	$(BIN)/pytest -m oracle tests/test_llamacpp.py
+
+test-arm: $(VENV)/.tested build/arm64/python
+	$(PYTEST) -m arm
+
+build/arm64/python: .ci/arm64 pyproject.toml | $(VENV)/.tested
+	PYTHON=$(BIN)/python .ci/arm64 build/arm64
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

@@ -23,8 +23,8 @@ sys.path.insert(0, str(HERE))
 NAMES = (
     "run_config", "run_tokenizer", "run_model", "run_state", "run_metrics", "run_lock", "run_manifest",
     "llmc_model", "llmc_state", "huggingface_config", "huggingface_model", "huggingface_index",
-    "generation_config", "shard", "tokenizer", "llmc_tokenizer", "vocab_and_merges", "added_tokens", "toml",
-    "text",
+    "generation_config", "shard", "array", "tokenizer", "llmc_tokenizer", "vocab_and_merges", "added_tokens",
+    "toml", "text",
 )  # fmt: skip
 
 

@@ -295,6 +295,20 @@ def shard(data: bytes, folder: Path) -> None:
         shards.take(np.array([[0, min(n - 1, 64)], [n - 2, 1]]))
 
 
+def arrays(folder: Path) -> list[bytes]:
+    """Files of NumPy's, and of integers alone."""
+    ids = np.arange(300, dtype=np.uint16) * 7 % 500
+    for dtype in ("u2", "i8", ">i4"):
+        np.save(folder / f"{np.dtype(dtype).name}.npy", ids.astype(dtype))
+    saved = [path.read_bytes() for path in sorted(folder.glob("*.npy"))]
+    return [*saved, ids.tobytes(), ids.astype("<i8").tobytes()]
+
+
+@target(arrays)
+def array(data: bytes, folder: Path) -> None:
+    shard(data, folder)
+
+
 def _use(path: Path) -> None:
     tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size < 2**20:

@@ -168,6 +168,7 @@ def test_every_op_has_its_family():
         assert families[op] == family
 
 
+@pytest.mark.skipif(not profile.has_clock(), reason="this processor has no clock that programs may read")
 def test_a_profile_accounts_for_the_whole_step(monkeypatch):
     case = TrainingCase("esp32gpt", "1 document", steps=200, checked=20)  # has no norms
     monkeypatch.setitem(CASES, "esp32gpt", case)
@@ -179,3 +180,39 @@ def test_a_profile_accounts_for_the_whole_step(monkeypatch):
     step = sum(part["us"] for part in parts.values())
     assert all(part["us"] == pytest.approx(part["share"] * step) for part in parts.values())
     assert parts["norms"]["share"] == 0 < parts["products"]["share"] < 1
+
+
+def test_processors_without_a_clock_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(profile.llvm, "get_default_triple", lambda: "riscv64-unknown-linux-gnu")
+    assert run(["bench", "--profile"]) == 2
+    assert "profiling reads the clock of an x86-64 or 64-bit ARM processor" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the machine
+
+INTEL = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R) CPU @ 2.20GHz\n"
+ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "llvms", "name"),
+    [
+        (INTEL, "broadwell", "Intel(R) Xeon(R) CPU @ 2.20GHz"),
+        (ARM, "neoverse-v1", "neoverse-v1"),  # Linux tells no name on ARM
+        (None, "apple-m1", "apple-m1"),
+        (None, "generic", "known to Python"),
+    ],
+    ids=["x86", "ARM", "no file", "unknown"],
+)
+def test_the_processors_name(cpuinfo, llvms, name, monkeypatch):
+    import tapeless.bench as module
+
+    def read(path, **_):
+        if str(path) == "/proc/cpuinfo" and cpuinfo is not None:
+            return cpuinfo
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("pathlib.Path.read_text", read)
+    monkeypatch.setattr(module.llvm, "get_host_cpu_name", lambda: llvms)
+    monkeypatch.setattr(module.platform, "processor", lambda: "known to Python")
+    assert module.about()["machine"]["processor"] == name

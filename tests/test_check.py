@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,13 +125,14 @@ def test_every_output_of_every_backward_op_is_planted():
     assert set(OUTPUTS) == outputs - {("rmsnorm_backward", "db")}
 
 
+USUAL = ("one entry", "sign", "one part in a thousand")  # in `make test`; the oracles plant all
 ONE_NUMBER = "sigmoid_matrix_backward"  # is its output: nothing can be missing, or in a wrong place
 
 
 @pytest.mark.parametrize(
     ("op", "output", "mistake"),
     [
-        (op, output, mistake)
+        pytest.param(op, output, mistake, marks=() if mistake in USUAL else pytest.mark.oracle)
         for op, output in OUTPUTS
         for mistake in MISTAKES
         if op != ONE_NUMBER or mistake not in ("missing terms", "wrong index")
@@ -170,6 +172,58 @@ def test_a_wrong_engine_is_named(monkeypatch):
     result = tl.gradcheck(model, *batch)
     assert not result.ok
     assert result.failed == ["wo"]
+
+
+HALF = tl.GPTConfig(
+    vocab_size=40, block_size=6, n_layer=3, n_head=2, n_embd=32, n_hidden=48, norm="layer", norm_gain=True,
+    norm_bias=True, norm_final=True, bias=True, activation="gelu", precision="bf16",
+)  # fmt: skip
+
+
+def test_bfloat16_passes_and_a_mistake_in_any_tensor_is_named(monkeypatch):
+    """The engine is compared with the reference in the same rounding: what is as large as that, shows."""
+    model, *batch = example(HALF, "cpu")
+    assert tl.gradcheck(model, *batch, entries=1).ok
+    right = model.engine.gradient
+    # A single entry, or one part in a thousand, is less than rounding to 8 bits.
+    mistakes = {name: MISTAKES[name] for name in ("sign", "missing terms", "wrong index")}
+    mistakes |= {"a tenth more": lambda d: d * 1.1, "nothing": lambda d: d * 0}
+    for tensor in model.params:
+        for name, mistake in mistakes.items():
+
+            def wrong(tensor=tensor, mistake=mistake):
+                loss = right()
+                model.grads[tensor][...] = mistake(model.grads[tensor])
+                return loss
+
+            monkeypatch.setattr(model.engine, "gradient", wrong)
+            # Finite differences of the reference take the time here, and find nothing in the engine.
+            monkeypatch.setattr(sys.modules["tapeless.gradcheck"], "_error", lambda *_: 0.0)
+            assert tl.gradcheck(model, *batch, entries=1).failed == [tensor], name
+
+
+def test_a_wrong_loss_in_bfloat16_is_found(monkeypatch):
+    model, *batch = example(HALF, "cpu")
+    right = model.engine.gradient
+    monkeypatch.setattr(model.engine, "gradient", lambda: 1.002 * right())
+    result = tl.gradcheck(model, *batch, entries=1)
+    assert not result.loss_ok
+    assert not result.failed
+
+
+@pytest.mark.parametrize("output", ["dx", "dw"])
+def test_a_mistake_in_a_backward_op_shows_in_bfloat16_too(output, monkeypatch, capsys):
+    plant(monkeypatch, "linear_backward", output, MISTAKES["one part in a thousand"])
+    options = ["--engine=reference", "--entries=12", "--set=precision=bf16"]
+    assert run(["check", "microgpt", *SMALL, *options]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_command_in_bfloat16(capsys):
+    assert run(["check", "microgpt", "--set=precision=bf16", "--entries=3"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "is compared with the reference in the same rounding" in out
+    assert "FAILED" not in out
 
 
 def test_certificates(tmp_path, capsys):
@@ -327,12 +381,9 @@ def test_the_budget_of_a_model_is_that_of_the_same_sizes(tmp_path):
     )
     given, said = total("run", cwd=tmp_path)
     assert "3 × 9 = 27 tokens a step" in said
-    assert (
-        given
-        == total("microgpt", "--batch-size", "3", *(f"--set={k}={v}" for k, v in set_.items()), cwd=tmp_path)[
-            0
-        ]
-    )
+    trained = {"steps": 1, "samples": 0, **set_}
+    settings = [f"--set={name}={value}" for name, value in trained.items()]
+    assert given == total("microgpt", "--batch-size", "3", *settings, cwd=tmp_path)[0]
     assert "is another model: n_layer" in refused("budget", "run", "--set", "n_layer=2", cwd=tmp_path)
     assert "no run folder or model" in refused("budget", "nowhere", cwd=tmp_path)
 

@@ -334,7 +334,7 @@ def every_value():
             yield pytest.param(name, command, parameter, required, id=f"{name}-{parameter.name}")
 
 
-@pytest.mark.parametrize(("name", "command", "parameter", "required"), every_value())
+@pytest.mark.parametrize(("name", "command", "parameter", "required"), list(every_value()))
 def test_no_value_may_be_empty(name, command, parameter, required, tmp_path, monkeypatch):
     """As a path, each would be the present folder. Only a prompt may be."""
     monkeypatch.chdir(tmp_path)

@@ -222,6 +222,33 @@ def test_every_command_without_its_reader(name, place, tmp_path):
     assert files_of(unread) == files_of(usual)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_whose_streams_are_closed(name, place, tmp_path):
+    """As on the null device. No file that is opened gets a stream's number, and what is printed with it."""
+
+    def run(closed, folder):
+        cwd = copied(place, tmp_path / folder)
+        by_a_shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, *COMMANDS[name]]
+        done = subprocess.run(by_a_shell, cwd=cwd, env=environment(), capture_output=True, check=False)
+        assert b"Traceback" not in done.stderr
+        assert done.returncode == 0
+        return done.stdout, files_of(cwd)
+
+    printed, files = run("", "usual")
+    assert run("<&- >&- 2>&-", "all") == (b"", files)
+    if name == "presets":
+        assert run("2>&-", "error") == (printed, files)
+        assert run(">&-", "output") == (b"", files)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
+def test_a_refusal_without_streams(tmp_path):
+    arguments = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *COMMAND, "train", "nowhere.txt"]
+    assert subprocess.run(arguments, cwd=tmp_path, env=environment(), check=False).returncode == 2
+    assert contents(tmp_path) == {}
+
+
 @full_disks
 @pytest.mark.parametrize("command", [("train", "nowhere.txt"), ("sample", "nowhere"), ("bench", "nothing")])
 def test_a_refusal_that_cannot_be_told(command, tmp_path):

@@ -49,7 +49,11 @@ def test_ten_steps_of_adamw(saved, tmp_path):
         logits = model(ids[:-1].view(B, T)).logits
         return torch.nn.functional.cross_entropy(logits.view(B * T, -1), ids[1:])
 
-    theirs, held = [], {}
+    def held_out():
+        with torch.no_grad():
+            return np.mean([loss_of(2500 + k * B * T).item() for k in range(3)])
+
+    theirs, held = [], {0: held_out()}
     for step in range(10):
         optimiser.zero_grad()
         loss = loss_of(step * B * T)
@@ -57,14 +61,13 @@ def test_ten_steps_of_adamw(saved, tmp_path):
         optimiser.step()
         theirs.append(loss.item())
         if step + 1 in (5, 10):
-            with torch.no_grad():
-                held[step + 1] = np.mean([loss_of(2500 + k * B * T).item() for k in range(3)])
+            held[step + 1] = held_out()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     mine = [row["loss"] for row in rows if row["step"]]
     val = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     print(f"losses {relative(mine, theirs):.1e}, from {theirs[0]:.4f} to {theirs[-1]:.4f}")
     np.testing.assert_allclose(mine, theirs, rtol=1e-5)
-    assert list(val) == [5, 10]
+    assert list(val) == [0, 5, 10]
     np.testing.assert_allclose(list(val.values()), list(held.values()), rtol=1e-5)
     after = tl.load(tmp_path / "run").params["wte"]
     assert relative(after, model.transformer.wte.weight.detach().numpy()) < 1e-5

@@ -202,7 +202,7 @@ def test_a_model_takes_a_tokenizer(tmp_path):
     assert set(model.generate(n=1, seed=1)[0]) <= set("abcd")
     model.save(tmp_path)
     assert tl.load(tmp_path).tokenizer == model.tokenizer
-    with pytest.raises(ConfigError, match="the tokenizer has 9 tokens, the config 5"):
+    with pytest.raises(ConfigError, match="the tokenizer has 9 tokens, but the model only 5"):
         model.tokenizer = tl.Tokenizer.characters("abcdefghi")
     with pytest.raises(ConfigError, match=r"must be a tl\.Tokenizer or None, not str"):
         model.tokenizer = "gpt2"

@@ -236,7 +236,10 @@ def test_a_setting_that_is_missing_or_unknown(table, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     whole = json.loads((copy / "config.json").read_text())
     more = {"steps": 3, "samples": 0, "progress": False}
-    later = {"model": ["attention_tile", "recompute", "precision"], "training": ["bad_steps", "spike"]}[table]
+    later = {
+        "model": ["attention_tile", "recompute", "precision"],
+        "training": ["bad_steps", "spike", "token_dtype"],
+    }[table]
     for name in whole[table]:
         about = whole | {table: {key: value for key, value in whole[table].items() if key != name}}
         (copy / "config.json").write_text(json.dumps(about))

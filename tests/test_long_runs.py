@@ -22,14 +22,16 @@ train = importlib.import_module("tapeless.train")
 train.SAVE_SECONDS, train.SAVE_SHARE, train.CHUNK_SECONDS = 0.0, 1e9, 0.0005  # each chunk is saved
 job = importlib.import_module("tapeless.job")
 job.Losses.MOST, job.UNLOGGED = 2**12, 2**10
+importlib.import_module("tapeless.meter").WORTHWHILE = 0.0  # Numba, which that imports, comes before we look
 os.fsync = lambda _: None  # which takes most of the time here, and no memory
 
 class Watch:
-    def __init__(self): self.steps, self.chunks = 0, 0
+    def __init__(self): self.steps, self.chunks, self.measured = 0, 0, False
+    def speed(self, _): self.measured = True
     def update(self, losses):
         self.steps += len(losses)
-        self.chunks += 1
-        if self.chunks % 20 == 0:
+        self.chunks += self.measured
+        if self.measured and self.chunks % 20 == 0:
             resident = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
             left = sum(len(names) + len(folders) for _, folders, names in os.walk("run"))
@@ -38,7 +40,7 @@ class Watch:
 
 try:
     train.train(out="run", steps=10**9, progress=Watch(), log_every=100, threads=2, set={
-        "batch_size": 4, "eval_every": 500, "val_fraction": 0.01, "sample_every": 1000,
+        "batch_size": 4, "eval_every": 50, "val_fraction": 0.01, "sample_every": 100,
         "schedule": "constant", "bad_steps": "skip", "spike": 3.0})
 except train.Interrupted:
     pass

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import tapeless as tl
+from commands import environment, refused, succeeds
 from helpers import random_batch, random_model, relative
 from tapeless.config import GPTConfig
-from tapeless.ops.cpu import native
+from tapeless.errors import ConfigError, Notice
+from tapeless.ops.cpu import code_cache, native
 
 HERE = Path(__file__).parent
 TINY = GPTConfig(vocab_size=5, block_size=4, n_head=2, n_embd=4, norm="layer", norm_final=True)
@@ -43,6 +45,8 @@ def cache(first, tmp_path, monkeypatch):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (copy,) = tmp_path.glob("evaluate-*")
     monkeypatch.setenv("TAPELESS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     return copy
 
 
@@ -99,26 +103,23 @@ def test_code_that_others_may_have_written_is_not_run(whose, first, cache, monke
     else:
         place = cache if whose == "everybody's file" else cache.parent
         place.chmod(place.stat().st_mode | 0o002)
-    assert native._read(cache) is None
+    assert code_cache.read(cache) is None
     monkeypatch.setattr(native, "compile_object", lambda groups, function: whole[32:])
-    assert evaluate() == (first[1][1], True)
-    if whose != "everybody's folder":  # which stays so
-        assert evaluate() == (first[1][1], False)
+    code_cache._tell.cache_clear()
+    if whose == "everybody's folder":  # and stays so: another is used
+        with pytest.warns(Notice, match="other users may write there"):
+            assert evaluate() == (first[1][1], True)
+    else:
+        assert evaluate() == (first[1][1], True)
+    assert evaluate() == (first[1][1], False)
     cache.parent.chmod(0o1777)  # as /tmp
-    assert native._read(cache) == whole[32:]
+    assert code_cache.read(cache) == whole[32:]
 
 
 def test_a_damaged_file_is_rebuilt_by_the_compiler(child, first, cache):
     cache.write_bytes(cache.read_bytes()[:-100])
     assert child(EVALUATE, TAPELESS_CACHE_DIR=cache.parent).split() == first[1]
     assert child(EVALUATE, TAPELESS_CACHE_DIR=cache.parent).split() == [first[1][1], "False"]
-
-
-def test_without_a_place_for_the_cache_everything_works(child, first, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    # Not even an administrator can make a folder below a file.
-    assert child(EVALUATE, TAPELESS_CACHE_DIR=tmp_path / "file" / "below").split() == first[1]
-    assert (tmp_path / "file").read_text() == "not a folder"
 
 
 OTHER_VALUES = {
@@ -165,17 +166,21 @@ def test_every_setting_of_a_model_has_its_own_code(cache, monkeypatch):
     assert len(list(cache.parent.glob("evaluate-*"))) == len(OTHER_VALUES) + 1
 
 
-@pytest.mark.parametrize("what", ["program", "source", "processor", "features"])
+@pytest.mark.parametrize("what", ["program", "source", "processor", "features", "system", "bounds"])
 def test_what_else_the_code_depends_on(cache, monkeypatch, what):
     code = cache.read_bytes()[32:]
     compiled = []
     monkeypatch.setattr(native, "compile_object", lambda groups, function: compiled.append(1) or code)
     if what == "source":
-        monkeypatch.setattr(native, "_source_digest", lambda: "changed")
+        monkeypatch.setattr(code_cache, "source_digest", lambda: "changed")
     if what == "processor":
         monkeypatch.setattr(native, "processor", lambda: ("another", ""))
     if what == "features":
         monkeypatch.setattr(native, "processor", lambda: (native.llvm.get_host_cpu_name(), "-sse2"))
+    if what == "system":  # a home folder may be shared by machines of several kinds
+        monkeypatch.setattr(native.llvm, "get_default_triple", lambda: "riscv64-unknown-linux-gnu")
+    if what == "bounds":
+        monkeypatch.setenv("NUMBA_BOUNDSCHECK", "1")
     # A processor that does not exist cannot have a target machine either.
     monkeypatch.setattr(native, "_load", lambda code, symbol: 0)
     tl.GPT(TINY, seed=0).engine.program("gradient" if what == "program" else "evaluate")
@@ -198,6 +203,71 @@ def test_the_table_is_checked_before_native_code_trusts_it(cache):
     short = engine.batch._replace(tokens=engine.batch.tokens[:2])
     with pytest.raises(TypeError, match=r"batch\."):
         run(engine.p, engine.a, short, engine._result)
+
+
+# ---------------------------------------------------------------- Numba's settings
+
+FORBIDDEN = {
+    "NUMBA_DISABLE_JIT=1": "NUMBA_DISABLE_JIT keeps Numba from compiling",
+    "NUMBA_NUM_THREADS=0": "Number of threads specified must be > 0",
+    "NUMBA_CPU_FEATURES=avx2": "NUMBA_CPU_FEATURES must be a list like +avx2,-fma: 'avx2'",
+}
+
+
+@pytest.mark.parametrize("setting", FORBIDDEN)
+def test_settings_that_keep_numba_from_compiling(setting, tmp_path):
+    variables = dict([setting.split("=")], TAPELESS_CACHE_DIR=str(tmp_path))
+    options = ("train", "names", "--steps", 1, "--samples", 0)
+    line = refused(*options, "--out", "run", cwd=tmp_path, env=environment(**variables))
+    assert FORBIDDEN[setting] in line
+    # NumPy needs none of that.
+    succeeds(*options, "--engine", "reference", "--out", "other", cwd=tmp_path, env=environment(**variables))
+
+
+def test_they_are_errors_of_this_package_in_python_too(child, tmp_path):
+    code = """
+import tapeless as tl
+try:
+    tl.GPT(tl.GPTConfig(vocab_size=3)).loss([1], [2])
+except tl.TapelessError as error:
+    print(type(error).__name__, error)
+"""
+    printed = child(code, TAPELESS_CACHE_DIR=tmp_path, NUMBA_NUM_THREADS=-1)
+    assert printed.startswith("ConfigError Numba, which compiles for the cpu engine, does not load: ")
+
+
+def test_code_in_the_cache_runs_though_numba_must_not_compile(child, first):
+    folder, (_, loss, _) = first
+    for setting in ({"NUMBA_DISABLE_JIT": 1}, {"NUMBA_NUM_THREADS": 0}):
+        assert child(EVALUATE, TAPELESS_CACHE_DIR=folder, **setting).split() == [loss, "False"]
+
+
+def test_a_setting_that_numba_ignores_is_told_in_a_line(tmp_path):
+    variables = {"NUMBA_OPT": "9", "TAPELESS_CACHE_DIR": str(tmp_path)}
+    options = ("train", "names", "--steps", 1, "--samples", 0, "--out", "run")
+    said = succeeds(*options, cwd=tmp_path, env=environment(**variables)).stderr
+    assert "note: Environment variable 'NUMBA_OPT' is defined but" in said
+    assert "Traceback" not in said
+
+
+# ---------------------------------------------------------------- other processors
+
+
+@pytest.mark.parametrize("triple", ["arm64-apple-darwin24.1.0", "aarch64-unknown-linux-gnu"])
+@pytest.mark.parametrize("found", [{}, {"neon": False, "aes": True}, {"neon": True}])
+def test_every_64_bit_arm_has_neon(triple, found, monkeypatch):
+    """LLVM finds no features on macOS, nor where /proc/cpuinfo has none."""
+    monkeypatch.delenv("NUMBA_CPU_FEATURES", raising=False)
+    monkeypatch.setattr(native.llvm, "get_default_triple", lambda: triple)
+    monkeypatch.setattr(native.llvm, "get_host_cpu_features", lambda: native.llvm.FeatureMap(found))
+    assert native.simd() == "NEON"
+    assert "+neon" in native.processor()[1].split(",")
+
+
+def test_features_are_read_before_llvm_stops_the_process(monkeypatch):
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+avx,fma")
+    with pytest.raises(ConfigError, match="'fma' has no sign"):
+        native.processor()
 
 
 # ---------------------------------------------------------------- lesser processors

@@ -72,7 +72,7 @@ def generating(name, threads, prompt):
     config, *both = engines(name, threads)
     found = []
     for engine in both:
-        rows, used = engine.generate(list(range(prompt)), 2, 2, np.linspace(0.1, 0.9, 60), stop=0)
+        rows, used = engine.generate(list(range(prompt)), 2, 2, np.linspace(0.1, 0.9, 60), eos=[0])
         found.append((used, *rows))
     return found
 

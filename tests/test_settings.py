@@ -194,7 +194,7 @@ def test_every_setting_is_described():
             "activation",
             ["values +relu, gelu", "default +relu", "gelu: transformerlm, shakespeare-char, gpt2"],
         ),
-        ("lr", ["values +above 0", "default +0.01", "0.003: transformerlm", r"table +\[training\]"]),
+        ("lr", ["values +at least 1e-30", "default +0.01", "0.003: transformerlm", r"table +\[training\]"]),
         ("n_embd", ["type +int", "values +at least 1", "64: transformerlm", r"table +\[model\]"]),
         ("val_fraction", ["at least 0, below 1", "0.1: shakespeare-char"]),
         ("tied", ["values +true, false", "default +false"]),

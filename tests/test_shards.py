@@ -75,7 +75,7 @@ def test_without_a_header_the_content_tells(dtype, vocab_size, tmp_path):
         shards = Shards([tmp_path / "train.bin"], vocab_size)
     assert everything(shards) == [tokens.tolist()]
     told = f"train.bin has no header: its tokens are read as {read_as}. If they are something else, give"
-    told = f"{tmp_path}/{told} --token-dtype."
+    told = f"{tmp_path}/{told} token_dtype."
     assert [str(note.message) for note in said] == [told] * (read_as != "int32")
 
 
@@ -94,7 +94,7 @@ def test_without_a_header_nothing_is_misread(tmp_path_factory, dtype, vocab_size
         try:
             assert everything(Shards([path], vocab_size)) == [tokens.tolist()]
         except DataError as error:
-            assert "--token-dtype" in str(error)  # noqa: PT017
+            assert "token_dtype" in str(error)  # noqa: PT017
         assert everything(Shards([path], vocab_size, dtype)) == [tokens.tolist()]
 
 
@@ -265,8 +265,8 @@ GOOD = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + struct.pack("<3H", 1, 
         (np.linspace(-1, 1, 90).astype("f4").tobytes(), ["as uint16", "as int32", "as int64"]),
         (np.arange(90).astype("<u2").tobytes()[:-1], ["179 bytes are no whole number of tokens"]),
         # Too little to be sure of it.
-        (struct.pack("<6H", 1, 2, 3, 4, 5, 6), ["probably uint16, as nanoGPT's are", "--token-dtype uint16"]),
-        (struct.pack("<4q", 1, 2, 3, 4), ["int64 or int32", "--token-dtype int64"]),
+        (struct.pack("<6H", 1, 2, 3, 4, 5, 6), ["probably uint16, as nanoGPT's are", "token_dtype='uint16'"]),
+        (struct.pack("<4q", 1, 2, 3, 4), ["int64 or int32", "token_dtype='int64'"]),
         (bytes(800), ["int64 or int32"]),
         (np.array([7, 0] * 500, "<i4").tobytes(), ["int64 or int32"]),
         (b"It is a text, this file. " * 9, ["looks like text", "tapeless tokenize"]),

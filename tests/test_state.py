@@ -262,4 +262,4 @@ def test_a_state_is_not_called_something_else(target, here, refusal):
 
 def test_options_of_a_preset_do_not_go_with_a_state(here):
     error = refused("check", "llmc_v3.bin", "--state", "llmc_state.bin", "--set", "n_layer=1", cwd=here)
-    assert "leave --set and --report out" in error
+    assert "leave --set, --report, --entries and --all out" in error

@@ -16,6 +16,7 @@ CLOSED = 128 + 13  # nobody reads the output any more: what a shell reports of a
 
 
 def main() -> NoReturn:
+    streams.open_closed()
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure:  # a text that the terminal cannot show is no reason to stop

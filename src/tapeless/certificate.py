@@ -17,6 +17,7 @@ from tapeless.errors import ConfigError
 from tapeless.gradcheck import (
     DIRECTION_TOLERANCE,
     ENGINE_TOLERANCE,
+    HALF_LOSS_TOLERANCE,
     LOSS_TOLERANCE,
     TOLERANCE,
     GradCheck,
@@ -63,6 +64,8 @@ def about(preset: str, config: GPTConfig, result: GradCheck) -> dict[str, Any]:
             "directional derivative against finite differences, relative": DIRECTION_TOLERANCE,
             "engine's tensor against the reference's, relative norm": ENGINE_TOLERANCE,
             "engine's loss": LOSS_TOLERANCE,
+            "in bfloat16, engine's tensor": "and as far as rounding takes the reference's",
+            "in bfloat16, engine's loss, relative": HALF_LOSS_TOLERANCE,
         },
         "versions": {name: version(name) for name in ("tapeless", "numpy", "numba", "llvmlite")}
         | {"python": platform.python_version(), "machine": platform.machine()},
@@ -89,6 +92,11 @@ def _parts(preset: str, config: GPTConfig, result: GradCheck) -> list[Any]:
         lines.append(
             f"Sampled tensors: also {result.directions} directional derivatives along random directions, "
             "in which every entry counts."
+        )
+    if compared and result.precision == "bf16":
+        lines.append(
+            f"The {result.engine} engine multiplies in bfloat16. It is compared with the reference in the "
+            "same rounding, to within what that rounding changes."
         )
     if compared:
         verdict = "[green]ok[/]" if result.loss_ok else "[bold red]FAILED[/]"

@@ -159,7 +159,7 @@ class GPTConfig:
     precision: str = setting(
         "float32",
         "What matmuls of linear layers and the head read (mixed precision): float32, or bf16 with sums in "
-        "float32. CPU engine only.",
+        "float32.",
         "float32",
         "bf16",
     )

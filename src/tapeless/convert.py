@@ -86,8 +86,8 @@ def _tell_of_ends(model: Checkpoint, format: str, say: Callable[[str], object]) 
         names = [f"{name} {value}" for name, value in model.ends.to_dict().items()]
         say(f"Tokens beyond the {V:,} of {model.path} begin or end no text: of {', '.join(names)}, left out.")
     usual = V == GPT2_TOKENS and {*(within.bos or ()), *(within.eos or ())} <= {GPT2_END}
-    if format == FILES[".bin"] and within.to_dict() and not usual:
-        names = [f"{name} {value}" for name, value in within.to_dict().items()]
+    names = [f"{name} {value}" for name, value in within.to_dict().items() if value is not None]
+    if format == FILES[".bin"] and names and not usual:
         say(f"An llm.c file does not name the tokens that begin and end a text: {', '.join(names)} left out.")
 
 

@@ -274,7 +274,7 @@ class Engine:
         from tapeless.ops import cpu, reference
 
         if self.name == "reference":
-            return reference
+            return reference.in_bfloat16() if self.config.precision == "bf16" else reference
         return cpu.make_ops(self._runs, decoding)
 
     def _tensors(self, argument: str) -> tuple[Tensor, ...]:
@@ -435,15 +435,13 @@ if hasattr(os, "register_at_fork"):
 
 def uses(engine: Engine, documents: int) -> str:
     """What runs where, for people: "cpu engine (AVX-512, 2 threads, float32)"."""
+    half = engine.config.precision == "bf16"
     if engine.name == "reference":
-        instead = ", not bf16" if engine.config.precision == "bf16" else ""
-        return f"reference engine (NumPy, {engine.dtype}{instead})"
+        return f"reference engine (NumPy, {engine.dtype}{', products in bfloat16' if half else ''})"
     from tapeless.ops.cpu import native
 
     threads = engine.team(documents)
-    products = ""
-    if engine.config.precision == "bf16":
-        products = f", products in bfloat16, {native.bf16_path()}"
+    products = f", products in bfloat16, {native.bf16_path()}" if half else ""
     return f"cpu engine ({native.simd()}, {threads} thread{'s' if threads > 1 else ''}, float32{products})"
 
 

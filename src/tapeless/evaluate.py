@@ -20,7 +20,7 @@ from tapeless.data.orders import Tokens
 from tapeless.data.shards import Shards
 from tapeless.data.sources import are_tokens, check_tokenizer, check_tokens, held_files
 from tapeless.data.tokenizers import REMEDY, CharTokenizer, Tokenizer
-from tapeless.errors import ConfigError, DataError, Notice, NumericsError
+from tapeless.errors import ConfigError, DataError, Notice, NumericsError, argument
 
 if TYPE_CHECKING:
     from tapeless.model import GPT
@@ -107,7 +107,7 @@ def _warn_of_positions(model: GPT, longest: int) -> None:
         warnings.warn(
             Notice(
                 f"windows of {longest:,} tokens reach beyond the {trained:,} positions that the run trained, "
-                f"so expect a higher loss; --block-size {trained} stays within them."
+                f"so expect a higher loss; {argument('block_size', trained)} stays within them."
             ),
             stacklevel=3,
         )

@@ -32,7 +32,7 @@ from tapeless.job import Job
 from tapeless.memory import array_bytes, check_memory
 from tapeless.model import GPT
 from tapeless.presets import FINETUNING, Preset, get_preset
-from tapeless.settings import LATER, Training, home
+from tapeless.settings import LATER, MAX_STEPS, Training, home
 from tapeless.team import check_threads
 
 # What a checkpoint's architecture may differ in from a preset's: it depends on the data, or changes no
@@ -356,9 +356,10 @@ def _read(plan: Plan) -> Data:
         tokenizer = runs.read_tokenizer(plan.saved, runs.tokens_of(*runs.read_config(plan.saved)))
     longest = _longest(chosen.model, training)
     by_default = plan.pretrained is not None and training.val_fraction == FINETUNING.val_fraction
-    least = 1 + longest * {"windows": 1, "sequence": training.batch_size, "llmc": training.batch_size}.get(
-        training.order, 0
-    )
+    windows = {"windows": 1, "sequence": training.batch_size, "llmc": training.batch_size}
+    least = 1 + longest * windows.get(training.order, 0)
+    if plan.digests is not None:  # a saved run goes on as it began, whatever its batches are now
+        least = MAX_STEPS if plan.digests[1] is None else 0
     return open_data(
         plan.data,
         plan.val,
@@ -379,7 +380,7 @@ def held_out(folder: Path) -> Data:
     place = saves.newest(folder, runs.MODEL)  # as for the model itself
     data = _read(resumed(folder, place, None, None, None, None, {}, None, None, None, None))
     if data.val is None:
-        raise RunError(f"{folder} has no validation data: pass the data to evaluate it on.")
+        raise RunError(f"{folder} has no validation data: pass DATA.")
     return data
 
 

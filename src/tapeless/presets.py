@@ -138,7 +138,7 @@ presets: dict[str, Preset] = {
         ),
     ),
     "shakespeare-char": Preset(
-        "a character model of one long text, as nanoGPT's on a CPU",
+        "a character model of one long text, after nanoGPT's",
         _GPT2.replace(vocab_size=None, block_size=64, n_layer=4, n_embd=128, norm_bias=False, bias=False),
         dataclasses.replace(
             _GPT2_TRAINING,

@@ -8,6 +8,7 @@ from typing import Any
 from tapeless.data.documents import Corpus
 from tapeless.data.given import FROM_PYTHON
 from tapeless.data.sources import Data
+from tapeless.errors import argument
 from tapeless.presets import FINETUNING
 from tapeless.settings import Training
 
@@ -25,17 +26,19 @@ def remarks(data: Data, training: Training, about: Mapping[str, Any], longest: i
             lines.append("The text is too short to hold out a part of it for validation.")
         else:
             share = f"{training.val_fraction:.0%} of the text"
-            lines.append(f"{share} is held out for validation; --set val_fraction=0 trains on all of it.")
+            none = argument("set", {"val_fraction": 0})
+            lines.append(f"{share} is held out for validation; {none} trains on all of it.")
     if data.lines and train.spans is not None and train.n_cut:
         were = "was" if train.n_cut == 1 else "were"
         what = "truncated" if training.order == "shuffle" else "left out"
         lines.append(
             f"{train.n_cut:,} of {len(train.spans):,} documents {were} longer than the context of {longest} "
-            f"tokens and {were} {what}; raise --block-size."
+            f"tokens and {were} {what}; raise {argument('block_size')}."
         )
         if train.n_cut > MANY * len(train.spans) and not pretrained and about["data"] != FROM_PYTHON:
             lines.append(
-                "Each line is a document. If the file is one long text, use --preset shakespeare-char."
+                "Each line is a document. If the file is one long text, use "
+                f"{argument('preset', 'shakespeare-char')}."
             )
     if train.n_dropped:
         lines.append(

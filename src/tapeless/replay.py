@@ -14,7 +14,6 @@ from tapeless.data.sources import Data
 from tapeless.engine import Engine
 from tapeless.errors import ConfigError
 from tapeless.memory import check_memory
-from tapeless.ops import reference
 from tapeless.settings import Training
 
 SHOWN, LETTERS = 3, 40  # documents that are named, and how much of each
@@ -28,11 +27,11 @@ class _Watched:
     """The reference's ops, each looked at when it is done: the first that leaves a number that is not finite
     raises `_Found`."""
 
-    def __init__(self, name_of: Callable[[np.ndarray], str]):
-        self._name_of = name_of
+    def __init__(self, ops: Any, name_of: Callable[[np.ndarray], str]):
+        self._ops, self._name_of = ops, name_of
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        op = getattr(reference, name)
+        op = getattr(self._ops, name)
         names = tuple(inspect.signature(op).parameters)
 
         def watched(*args: Any) -> Any:
@@ -51,7 +50,7 @@ class _Replay(Engine):
     """The reference engine with `_Watched` ops."""
 
     def make_ops(self, decoding: bool) -> Any:
-        return _Watched(self._name_of)
+        return _Watched(super().make_ops(decoding), self._name_of)
 
     def _name_of(self, array: np.ndarray) -> str:
         """Which tensor the first number that is not finite lies in, "a.qkv[2]"; "" if in none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -60,6 +61,23 @@ def _closed(error: OSError) -> Exception:
     # Windows says "invalid argument" of a pipe without a reader.
     broken = isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL)
     return OutputClosed() if broken else error
+
+
+def open_closed() -> None:
+    """Open the standard streams that are closed, as after `>&-`, on the null device.
+
+    Otherwise a file that is opened later gets their number, and what LLVM or a child process prints is
+    written to that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.set_inheritable(null, True)
+            stream = os.fdopen(null, "w" if number else "r", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def settle(stream: Any) -> None:

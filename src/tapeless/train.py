@@ -191,8 +191,6 @@ def train(
     settings = dict(set or {}) | {name: value for name, value in given.items() if value is not None}
     if resume and overwrite:
         raise ConfigError(f"{argument('resume', True)} and {argument('overwrite', True)} cannot be combined.")
-    if resume and pretrained is not None:
-        raise ConfigError(f"{argument('resume', True)} and {argument('pretrained')} cannot be combined.")
     if resume and folder is None:
         raise RunError(f"{argument('resume', True)} needs the run's folder: give {argument('out')}.")
     if progress is None or progress is True:

@@ -10,10 +10,15 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import llvmlite.binding as llvm
 
 from tapeless.bench.cases import CASES, TRAINING, Say, Session
 from tapeless.bench.workload import Differs
@@ -29,7 +34,7 @@ def bench(
 
     Raises `ConfigError` for an unknown case, or one that `profile` cannot look into.
     """
-    from tapeless.ops.cpu.profile import check_can_count
+    from tapeless.ops.cpu.profile import check_clock
 
     for name in names:
         if name not in CASES:
@@ -37,7 +42,7 @@ def bench(
         if profile and name not in TRAINING:
             raise ConfigError(f"only training can be profiled, not {name!r}. Known: {', '.join(TRAINING)}.")
     if profile:
-        check_can_count()
+        check_clock()
     session, peaks, results = Session(seconds, say), Peaks(), []
     for name in dict.fromkeys(names or (TRAINING if profile else CASES)):
         say(name)
@@ -95,8 +100,16 @@ def about() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """The processor's name: the system's, or, since Linux has none on ARM, LLVM's."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        pass
+    if sys.platform == "darwin":
+        ask = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        with suppress(OSError):
+            if name := subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip():
+                return name
+    name = llvm.get_host_cpu_name()
+    return name if name not in ("", "generic") else platform.processor() or platform.machine()

@@ -116,7 +116,8 @@ def train(
         typer.Option(
             "--resume",
             metavar="",
-            help="Go on with the run in --out, or with the preset's latest; begin it if there is none.",
+            help="Resume the run in --out, or the preset's latest. With DATA, --preset or --pretrained, "
+            "start it if there is none.",
         ),
     ] = False,
     overwrite: Annotated[

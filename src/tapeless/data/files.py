@@ -90,7 +90,7 @@ def _divided(paths: list[Path]) -> tuple[list[Path], list[Path]]:
     if unclear and train:
         raise DataError(
             f"{_listed(unclear)}: the name says that this is not to train on. Choose by a glob what is, "
-            "and what to validate on by --val."
+            f"and what to validate on by {argument('val')}."
         )
     return [*train, *unclear], val
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tapeless.errors import ConfigError, DataError, did_you_mean
+from tapeless.errors import ConfigError, DataError, argument, did_you_mean
 
 AUTO = "auto"
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
@@ -73,7 +73,7 @@ def find_dtype(path: Path, size: int, start: bytes, vocab_size: int, token_dtype
     likely = f"probably {widest.name}, as nanoGPT's are" if widest.name == "uint16" else "int64 or int32"
     raise DataError(
         f"{path} has no header, and its first bytes do not settle which integers it holds: {likely}. "
-        f"Say which: --token-dtype {widest.name}."
+        f"Say which: {argument('token_dtype', widest.name)}."
     )
 
 

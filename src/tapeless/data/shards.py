@@ -21,7 +21,7 @@ import numpy as np
 
 from tapeless import files
 from tapeless.data import headerless
-from tapeless.errors import DataError, Notice
+from tapeless.errors import DataError, Notice, argument
 from tapeless.regular import open_regular
 
 HEADER = 1024  # bytes
@@ -148,13 +148,14 @@ def _array(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, int]:
     """The shape and dtype of an array that `np.save` wrote, and where its numbers begin."""
     npy = np.lib.format
     file.seek(0)
+    version = file.read(8)[6:]
+    read = {b"\1\0": npy.read_array_header_1_0, b"\2\0": npy.read_array_header_2_0}.get(version)
+    if read is None:
+        found = ".".join(map(str, version)) or "nothing"
+        raise DataError(f"{path} has version {found} of NumPy's format; expected 1.0 or 2.0.")
     try:
-        version = npy.read_magic(file)
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
-        if read is None:
-            raise DataError(f"{path} has version {version[0]}.{version[1]} of NumPy's format; expected 1.0.")
         shape, _, dtype = read(file)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, EOFError):
+    except Exception:  # NumPy reads the header as Python's own parser does, and raises what that raises
         raise DataError(f"{path} is damaged: it begins as NumPy's .npy, but its header is invalid.") from None
     return shape, dtype, file.tell()
 
@@ -208,7 +209,7 @@ class Shards:
             warnings.warn(
                 Notice(
                     f"{first.path}{more} has no header: its tokens are read as {first.dtype.name}. "
-                    "If they are something else, give --token-dtype."
+                    f"If they are something else, give {argument('token_dtype')}."
                 ),
                 stacklevel=4,
             )

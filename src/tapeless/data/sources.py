@@ -180,8 +180,8 @@ def _vocabulary(source: Source, tokenizer: Tokenizer | None, vocab_size: int | N
         return vocab_size
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise ConfigError(
-            f"vocab_size is {vocab_size:,}, but {called(source)} has {tokenizer.vocab_size:,} "
-            "tokens; expected at least as many."
+            f"vocab_size is {vocab_size:,}, but the tokenizer of {called(source)} has "
+            f"{tokenizer.vocab_size:,} tokens; expected at least as many."
         )
     return vocab_size or tokenizer.vocab_size
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tapeless.data.documents import BUILT_IN, read_documents
 from tapeless.errors import ConfigError, argument, did_you_mean
 from tapeless.evaluate import evaluate
 from tapeless.export import budget, files, wasm
@@ -103,11 +104,12 @@ def _tell_cost(
     token_dtype = training_of(source).token_dtype if data is None else None
     data = data_of(source) if data is None else data
     say(f"Measuring the loss with int8 weights on {data}.")
+    own = data if token_dtype is None or data not in BUILT_IN else read_documents(data)  # whatever lies here
     model = load(source, "reference", dtype="float32")
     losses = []
     for weights in (firmware.weights, small.rounded):
         model.engine.params[:] = weights
-        losses.append(evaluate(model, data, token_dtype=token_dtype).loss)
+        losses.append(evaluate(model, own, token_dtype=token_dtype).loss)
     say(
         f"int8 weights: {small.nbytes:,} bytes in place of {firmware.weights.nbytes:,}; "
         f"loss on {data} {losses[1]:.4f} in place of {losses[0]:.4f}"

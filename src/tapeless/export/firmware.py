@@ -11,6 +11,7 @@ import numpy as np
 
 from tapeless import plan
 from tapeless.config import GPTConfig, from_saved, whole
+from tapeless.data.given import source_of
 from tapeless.data.tokenizers import Numbers, Tokenizer
 from tapeless.errors import ConfigError, RunError, argument, did_you_mean
 from tapeless.export.trace import Trace, record
@@ -185,7 +186,8 @@ def _plan(source: str, data: str | Path | None, settings: dict[str, Any], seed: 
     preset, pretrained = (source, None) if source in presets else (None, source)
     if pretrained is not None:  # a chip does not validate
         settings = {"val_fraction": 0.0} | settings
-    return plan.fresh(data, None, preset, pretrained, settings, seed, "reference", "float32", None)
+    given = None if data is None else source_of(data)
+    return plan.fresh(given, None, preset, pretrained, settings, seed, "reference", "float32", None)
 
 
 def _title(source: str) -> str:

@@ -14,6 +14,8 @@ Shapes: N tokens, V vocabulary, C embedding width, T block size, H heads, K = C/
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 
 # ---------------------------------------------------------------- moving numbers
@@ -185,6 +187,50 @@ def tied_head_backward(dx, dwte, dlogits, x, wte, n):
     """dx = dlogits·wte,  dwte += dlogitsᵀ·x. `embed_backward` adds the other use's gradient later."""
     np.matmul(dlogits[:n], wte, out=dx[:n])
     dwte += dlogits[:n].T @ x[:n]
+
+
+# ---------------------------------------------------------------- linear layers in bfloat16
+
+
+def as_bfloat16(x):
+    """The nearest bfloat16s, of two as near the even one, in x's own type; zero for numbers below 2⁻¹²⁶."""
+    import ml_dtypes
+
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are what they should be
+        single = x.astype(np.float32)
+        near = single.astype(ml_dtypes.bfloat16).astype(x.dtype)
+    return np.where(np.abs(single) < np.finfo(np.float32).tiny, np.copysign(0, x), near)
+
+
+def in_bfloat16():
+    """All ops, those of linear layers and the head with both operands of each product rounded to bfloat16.
+
+    That is y = ⌊x⌉·⌊w⌉ + b;  dx = ⌊dy⌉·⌊w⌉ᵀ,  dw += ⌊x⌉ᵀ·⌊dy⌉,  db += Σ_t dy. Rounding counts as if its
+    derivative were 1 (the straight-through estimator: Bengio, Léonard and Courville 2013, arXiv:1308.3432).
+    """
+    near = as_bfloat16
+
+    def linear(y, x, w, b, n):
+        linear_forward(y, near(x[:n]), near(w), b, n)
+
+    def linear_grads(dx, dw, db, dy, x, w, n):
+        linear_backward(dx, dw, db[:0], near(dy[:n]), near(x[:n]), near(w), n)
+        if db.size:
+            db += np.sum(dy[:n], axis=0)
+
+    def head(logits, x, wte, n):
+        tied_head_forward(logits, near(x[:n]), near(wte), n)
+
+    def head_grads(dx, dwte, dlogits, x, wte, n):
+        tied_head_backward(dx, dwte, near(dlogits[:n]), near(x[:n]), near(wte), n)
+
+    rounded = {
+        "linear_forward": linear,
+        "linear_backward": linear_grads,
+        "tied_head_forward": head,
+        "tied_head_backward": head_grads,
+    }
+    return SimpleNamespace(**globals() | rounded)
 
 
 # ---------------------------------------------------------------- activations

@@ -6,7 +6,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from tapeless.ops.cpu.native import YIELD
+from tapeless.ops.cpu.native import YIELD, is_arm
 
 # Looks at another thread's counter before giving the processor to whoever else wants it: some tens
 # of µs, so that a thread that is held up, or has no processor, costs the others little.
@@ -26,7 +26,7 @@ def make_wait() -> Any:
     from numba.np import arrayobj
 
     word = ir.IntType(64)
-    x86 = llvm.get_default_triple().startswith(("x86_64", "i686"))
+    x86, arm = llvm.get_default_triple().startswith(("x86_64", "i686")), is_arm()
 
     @intrinsic
     def wait(typing_context, arrivals, index, threads):
@@ -54,8 +54,9 @@ def make_wait() -> Any:
         def counter(index: Any) -> Any:
             return builder.inttoptr(builder.add(first, builder.mul(row, index)), word.as_pointer())
 
-        def call(name: str, result: Any) -> None:
-            builder.call(cgutils.get_or_insert_function(module, ir.FunctionType(result, []), name), [])
+        def call(name: str, result: Any, *given: Any) -> None:
+            kind = ir.FunctionType(result, [each.type for each in given])
+            builder.call(cgutils.get_or_insert_function(module, kind, name), given)
 
         mine = counter(index)
         here = builder.add(builder.load(mine), word(1))
@@ -76,6 +77,8 @@ def make_wait() -> Any:
                 with soon:
                     if x86:
                         call("llvm.x86.sse2.pause", ir.VoidType())
+                    if arm:  # `yield` does nothing on most processors, `isb` takes a moment
+                        call("llvm.aarch64.isb", ir.VoidType(), ir.Constant(ir.IntType(32), 15))
                 with late:
                     call(YIELD, ir.IntType(32))
             builder.branch(look)

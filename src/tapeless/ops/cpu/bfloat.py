@@ -2,9 +2,15 @@
 
 A bfloat16 is the upper half of a float32. A *pair* is two of them in 32 bits, the terms 2i and 2i + 1 of
 a sum, the first in the lower half; a vector of pairs travels as VEC, whose floats then mean nothing.
-AVX512-BF16 multiplies pairs: s + x₁·w₁, then + x₀·w₀, each rounded to the nearest float32, where
-denormal numbers (below 1.2e-38) count as zero. Elsewhere two multiply-adds do the same: a product of two
-bfloat16s is exact in float32, so but for denormal numbers all processors get the same bits.
+AVX512-BF16 multiplies pairs: s + x₁·w₁, then + x₀·w₀, each rounded to the nearest float32. Subnormal
+numbers (below 2⁻¹²⁶, 1.2e-38) count as zero, whether it reads them or computes them. Elsewhere two
+multiply-adds do the same, and `flush` makes subnormal numbers count as zero: a product of two bfloat16s
+is exact in float32, so all processors get the same bits. There is one exception: a result just below 2⁻¹²⁶
+that rounding brings up to it is 2⁻¹²⁶ on x86 and zero on ARM.
+
+ARM's own instructions for bfloat16 are not used. BFDOT and BFMMLA round to odd and sum two products first,
+which gives other bits (in 32 % of random dot products). BFMLALB and BFMLALT give the same bits, but
+multiply no more numbers at a time than multiply-adds of float32 do: they would only save taking pairs apart.
 """
 
 from __future__ import annotations
@@ -13,12 +19,17 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
-from tapeless.ops.cpu.native import bf16_path
+from tapeless.ops.cpu.native import bf16_path, is_arm
 from tapeless.ops.cpu.simd import (
+    F32,
     I16,
+    I32,
+    I64,
     LANES,
     VEC,
     WORDS,
@@ -48,13 +59,31 @@ def _indices(lanes: list[int]) -> ir.Constant:
 
 
 def rounded(builder: Any, x: Any) -> Any:
-    """Words whose upper halves are the floats' bfloat16: the nearest, of two as near the even one; NaN
-    stays NaN. What the lower halves are does not matter."""
-    bits = builder.bitcast(x, WORDS)
-    odd = builder.and_(builder.lshr(bits, _words(16)), _words(1))
-    nearest = builder.add(builder.add(bits, _words(0x7FFF)), odd)
-    quiet = builder.or_(bits, _words(0x400000))
-    return builder.select(builder.fcmp_unordered("uno", x, x), quiet, nearest)
+    """Words whose upper halves are the floats' bfloat16: the nearest, of two as near the even one; zero for
+    subnormal numbers; NaN stays NaN. The lower halves mean nothing. `x` is a vector or one float."""
+    kind = WORDS if isinstance(x.type, ir.VectorType) else I32
+
+    def word(value: int) -> ir.Constant:
+        return ir.Constant(kind, [value] * LANES if kind is WORDS else value)
+
+    bits = builder.bitcast(x, kind)
+    size = builder.and_(bits, word(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+    nearest = builder.add(builder.add(bits, word(0x7FFF)), odd)
+    quiet = builder.or_(bits, word(0x400000))
+    nothing = builder.and_(bits, word(0x80000000))
+    normal = builder.select(builder.icmp_unsigned(">", size, word(0x7F800000)), quiet, nearest)
+    return builder.select(builder.icmp_unsigned("<", size, word(0x800000)), nothing, normal)
+
+
+@intrinsic
+def nearest(typing_context, x):
+    """The bfloat16 nearest to a float32, as a float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(builder.and_(rounded(builder, args[0]), ir.Constant(I32, UPPER)), F32)
+
+    return types.float32(types.float32), codegen
 
 
 def paired(builder: Any, x: Any, y: Any) -> Any:
@@ -99,6 +128,53 @@ def _fetch_row(builder: Any, row: Any, places: list[Any], weights: list[Any]) ->
 
 
 PAIRS = Arithmetic("pairs", multiply_pairs, _fetch_row, fence=True, fetch=True)
+
+
+# Bits of a thread's control word that make subnormal numbers count as zero; 0 where none need to be set.
+_X86 = llvm.get_default_triple().startswith("x86_64")
+FLUSHING = 0 if NATIVE else 0x8040 if _X86 else 1 << 24 if is_arm() else 0
+
+
+def _control_word(builder: Any) -> Any:
+    if not _X86:
+        return call(builder, "llvm.aarch64.get.fpcr", I64, [])
+    place = cgutils.alloca_once(builder, I32)
+    call(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), [place])
+    return builder.zext(builder.load(place), I64)
+
+
+def _set_control_word(builder: Any, word: Any) -> None:
+    if _X86:
+        place = cgutils.alloca_once_value(builder, builder.trunc(word, I32))
+        call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), [place])
+    else:
+        call(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), [word])
+
+
+@intrinsic
+def flush(typing_context):
+    """Make subnormal numbers count as zero on this thread. Returns what `restore` takes."""
+
+    def codegen(context, builder, signature, args):
+        if not FLUSHING:
+            return constant(0)
+        word = _control_word(builder)
+        _set_control_word(builder, builder.or_(word, constant(FLUSHING)))
+        return word
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def restore(typing_context, word):
+    """Undo `flush`."""
+
+    def codegen(context, builder, signature, args):
+        if FLUSHING:
+            _set_control_word(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 # ---------------------------------------------------------------- packing

@@ -24,6 +24,10 @@ def make_ops(precision: str, streams: bool) -> dict[str, Callable]:
     from tapeless.ops.cpu.streams import row_product, row_product_turned
 
     product = make_product(precision)
+    if precision == "bf16":
+        from tapeless.ops.cpu.bfloat import nearest as read
+    else:
+        read = jit(lambda x: x)
 
     @jit
     def multiply(y, x, w, b, top, bottom, left, right):
@@ -42,7 +46,7 @@ def make_ops(precision: str, streams: bool) -> dict[str, Callable]:
                 for o in range(left, right):
                     total = b[o] if b.size else _f32(0)
                     for i in range(I):
-                        total += x[t, i] * w[i, o]
+                        total += read(x[t, i]) * read(w[i, o])
                     y[t, o] = total
 
     @jit
@@ -58,7 +62,7 @@ def make_ops(precision: str, streams: bool) -> dict[str, Callable]:
                 for i in range(left, right):
                     total = _f32(0)
                     for o in range(O):
-                        total += x[t, o] * w[i, o]
+                        total += read(x[t, o]) * read(w[i, o])
                     y[t, i] = total
 
     @jit
@@ -75,7 +79,7 @@ def make_ops(precision: str, streams: bool) -> dict[str, Callable]:
             for i in range(begin, end):
                 for t in range(rows.n):
                     for o in range(O):
-                        w[i, o] += x[t, i] * y[t, o]
+                        w[i, o] += read(x[t, i]) * read(y[t, o])
 
     @jit
     def linear_forward(y, x, w, b, rows):

@@ -11,23 +11,21 @@ compiled without Numba's runtime and could not allocate if it wanted to.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import stat
 import sys
-import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 
+from tapeless.errors import ConfigError, Notice
 from tapeless.layout import Tensor
-from tapeless.regular import open_regular
+from tapeless.ops.cpu import code_cache
 from tapeless.team import run_together
 
 # The C library's way of giving the processor to another thread.
@@ -91,7 +89,7 @@ class Program:
     ):
         self._groups = groups
 
-        code = _cached(key, lambda: compile_object(groups, build()), notice)
+        code = cached(key, lambda: compile_object(groups, build()), notice)
         link_routines(code)
         address = _load(code, "tapeless_entry")
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
@@ -137,6 +135,28 @@ def _check(group: Group, tensor: Tensor, array: np.ndarray, sizes: dict[str, int
 # ---------------------------------------------------------------- compiling
 
 
+@cache
+def check_compiler() -> None:
+    """Raise `ConfigError` where Numba does not load, or is told not to compile."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            import numba
+        except Exception as error:  # its settings are read, and checked, by many modules
+            raise ConfigError(
+                f"Numba, which compiles for the cpu engine, does not load: {error} If one of the environment "
+                "variables NUMBA_… is the reason, unset it; the reference engine does without Numba."
+            ) from error
+    for warning in caught:
+        # Of a setting that it does not understand, Numba would show a traceback.
+        warnings.warn(Notice(str(warning.message).splitlines()[0]), stacklevel=2)
+    settings: Any = numba.config
+    if settings.DISABLE_JIT:
+        raise ConfigError(
+            "NUMBA_DISABLE_JIT keeps Numba from compiling for the cpu engine: unset it, or use the reference "
+            "engine."
+        )
+
+
 def jit(function: Callable, **options: Any) -> Any:
     """`function` as a Numba function that other compiled functions may call; it becomes part of its
     callers, where shapes are constants."""
@@ -150,6 +170,7 @@ def jit(function: Callable, **options: Any) -> Any:
         forceinline=True,
         no_cpython_wrapper=True,
         no_cfunc_wrapper=True,
+        debug=False,
         pipeline_class=_pipeline(),
         **options,
     )(function)
@@ -297,7 +318,7 @@ def _linked(name: str) -> int:
     def compile_it() -> bytes:
         return _emit(make_routine(name), symbol(name), len(ROUTINES[name]))
 
-    address = _load(_cached(f"routine-{name}", compile_it), symbol(name))
+    address = _load(cached(f"routine-{name}", compile_it), symbol(name))
     llvm.add_symbol(symbol(name), address)
     return address
 
@@ -315,10 +336,25 @@ def _target_machine() -> Any:
 
 def processor() -> tuple[str, str]:
     """Name and feature list of the processor to compile for. As in Numba, the environment variables
-    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override what the machine is."""
+    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override what the machine is.
+
+    Raises `ConfigError` for a list that LLVM would not read.
+    """
     name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
     features = os.environ.get("NUMBA_CPU_FEATURES")
-    return name, llvm.get_host_cpu_features().flatten() if features is None else features
+    if features is None:
+        found = llvm.get_host_cpu_features()
+        if is_arm():  # NEON is part of it, whether or not LLVM could ask the system
+            found["neon"] = True
+        return name, found.flatten()
+    if strange := [word for word in features.split(",") if word and word[0] not in "+-"]:
+        raise ConfigError(f"NUMBA_CPU_FEATURES must be a list like +avx2,-fma: {strange[0]!r} has no sign.")
+    return name, features
+
+
+def is_arm() -> bool:
+    """Whether this is a 64-bit ARM processor."""
+    return llvm.get_default_triple().startswith(("aarch64", "arm64"))
 
 
 def simd() -> str:
@@ -341,90 +377,29 @@ def bf16_path() -> str:
     return "AVX512-BF16" if "+avx512bf16" in processor()[1].split(",") else "emulated"
 
 
-# ---------------------------------------------------------------- the cache
+# ---------------------------------------------------------------- keeping and loading
 
 
-def cache_folder() -> Path:
-    """Where object code is kept: TAPELESS_CACHE_DIR, or the user's cache folder."""
-    if chosen := os.environ.get("TAPELESS_CACHE_DIR"):
-        return Path(chosen)
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "tapeless"
-
-
-@cache
-def _source_digest() -> str:
-    """Of every source file that can change what is compiled."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parents[2]
-    names = ["config.py", "layout.py", "schedule.py", "programs.py", "engine.py", "ops/**/*.py"]
-    for path in sorted(p for name in names for p in package.glob(name)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _digest(key: str) -> str:
+def cached(key: str, make: Callable[[], bytes], notice: Callable[[], None] = lambda: None) -> bytes:
+    """The object code kept under this key (which begins with a word for the file's name), made and kept if it
+    is not there. `notice` is called before that, without the lock. Raises `ConfigError` where nothing can be
+    compiled."""
     from importlib.metadata import version
 
-    parts = (key, _source_digest(), version("numba"), llvmlite.__version__, *processor())
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _cached(key: str, make: Callable[[], bytes], notice: Callable[[], None] = lambda: None) -> bytes:
-    """The object code kept under this key (which begins with a word for the file's name), made and
-    kept if it is not there. `notice` is called before that, without the lock."""
-    path = cache_folder() / f"{key.split(maxsplit=1)[0]}-{_digest(key)}.o"
-    code = _read(path)
+    # Bounds checks are the one setting of Numba that changes code and cannot be given with a function.
+    checks = os.environ.get("NUMBA_BOUNDSCHECK")
+    machine = llvm.get_default_triple(), *processor()
+    file = code_cache.file_name(key, version("numba"), llvmlite.__version__, *machine, checks)
+    code = code_cache.find(file)
     if code is None:
+        check_compiler()
         notice()
         with _compiling:
-            code = _read(path)  # another thread may have made it meanwhile
+            code = code_cache.find(file)  # another thread may have made it meanwhile
             if code is None:
                 code = make()
-                _write(path, code)
+                code_cache.keep(file, code)
     return code
-
-
-def _read(path: Path) -> bytes | None:
-    """The object code in a cache file, or None if it is not there or not whole, or if another user may have
-    written it: it is run."""
-    try:
-        with open_regular(path) as file:
-            if not _trusted(os.fstat(file.fileno())) or not _trusted(path.parent.stat()):
-                return None
-            content = file.read()
-    except OSError:
-        return None
-    checksum, code = content[:32], content[32:]
-    return code if hashlib.sha256(code).digest() == checksum else None
-
-
-def _trusted(about: os.stat_result) -> bool:
-    """Whether a file or folder is this user's or the system's, and not everybody may write there; in a folder
-    as /tmp is, with the sticky bit, others cannot replace a file."""
-    if os.name != "posix":
-        return True
-    shared = about.st_mode & stat.S_IWOTH and not about.st_mode & stat.S_ISVTX
-    return about.st_uid in (os.getuid(), 0) and not shared
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Write aside, then rename, so that two processes cannot disturb each other."""
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            aside = file.name
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(aside, path)
-    except OSError:  # no place to keep it: the next process compiles again
-        if aside is not None:
-            Path(aside).unlink(missing_ok=True)
 
 
 _ENGINES: list[Any] = []  # LLVM execution engines own the code; they live as long as the process

@@ -21,7 +21,7 @@ def make_routine() -> Callable:
     A row comes out the same in any company and on any thread, as there: each y[r, c] is one chain of
     multiply-adds in the order of the sum, but for the second of each pair of terms, which comes first.
     """
-    from tapeless.ops.cpu.bfloat import PAIRS, make_packers
+    from tapeless.ops.cpu.bfloat import PAIRS, flush, make_packers, restore
     from tapeless.ops.cpu.product import make_panel
     from tapeless.ops.cpu.simd import LANES
     from tapeless.ops.cpu.tiles import LINE, TALLEST, WIDEST, scratch
@@ -106,7 +106,7 @@ def make_routine() -> Callable:
             start += 4 * columns if start else 0
 
     def product(y, ldy, start, ld_start, x, row, term, w, w_term, column, m, n, k):
-        packed = x_scratch()
+        packed, before = x_scratch(), flush()
         depths = parts(parts(k, 2), DEPTH)
         while depths > 0:
             terms = min(k, 2 * parts(parts(k, 2), depths))
@@ -127,5 +127,6 @@ def make_routine() -> Callable:
             start, ld_start = y, ldy
             k -= terms
             depths -= 1
+        restore(before)
 
     return product

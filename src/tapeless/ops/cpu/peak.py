@@ -74,11 +74,12 @@ def bandwidth(threads: int = 1, *, nbytes: int = 1 << 29, repeats: int = 20) -> 
 @cache
 def kernel() -> tuple[Callable[[int, int], None], int, int]:
     """The loop peak(turns, address of its vectors), its number of chains, and the floats of a vector."""
+    native.check_compiler()
     from tapeless.ops.cpu.simd import LANES, REGISTERS
 
     # Enough independent chains to hide a multiply-add's latency, few enough for the registers.
     chains = REGISTERS - REGISTERS // 4
-    code = native._cached("peak", lambda: native._emit(_make(chains, LANES), "tapeless_peak", 2))
+    code = native.cached("peak", lambda: native._emit(_make(chains, LANES), "tapeless_peak", 2))
     loop = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(native._load(code, "tapeless_peak"))
     return loop, chains, LANES
 
@@ -86,9 +87,10 @@ def kernel() -> tuple[Callable[[int, int], None], int, int]:
 @cache
 def reader() -> Callable[[int, int, int], None]:
     """The loop total(address of a float, address, number): that float is the sum of so many READ bytes."""
+    native.check_compiler()
     from tapeless.ops.cpu.simd import LANES
 
-    code = native._cached("reader", lambda: native._emit(_make_reader(LANES), "tapeless_total", 3))
+    code = native.cached("reader", lambda: native._emit(_make_reader(LANES), "tapeless_total", 3))
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(native._load(code, "tapeless_total"))
 
 

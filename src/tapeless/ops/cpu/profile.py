@@ -1,6 +1,6 @@
 """Where the time of a training step goes: ops that read the processor's clock when they are done.
 
-`timed` wraps every op so that the cycles since the op before are added to its family's count. The
+`timed` wraps every op so that the ticks since the op before are added to its family's count. The
 counts are one array of this process, which compiled code knows by the symbol `tapeless_profile`.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from tapeless.engine import Engine
 from tapeless.errors import ConfigError
+from tapeless.ops.cpu import native
 from tapeless.ops.cpu.native import jit
 
 # A family, and what the names of its ops have in common; the first that fits counts.
@@ -29,7 +30,7 @@ _MARKS = {
 OTHER = "everything else"
 FAMILIES = ("products", "attention", "norms", "activation", "softmax and loss", "optimiser", OTHER)
 
-# Cycles of each family, then readings of the clock for each, then the clock at the last reading.
+# Ticks of each family, then readings of the clock for each, then the clock at the last reading.
 _counts = np.zeros(2 * len(FAMILIES) + 1, np.int64)
 _SYMBOL = "tapeless_profile"
 
@@ -42,13 +43,13 @@ def family(op: str) -> str:
 class ProfiledEngine(Engine):
     """A CPU engine whose training programs keep count: see `counts`.
 
-    Raises `ConfigError` where the processor has no cycle counter that programs may read.
+    Raises `ConfigError` where the processor has no clock that programs may read.
     """
 
     variant = "profiled"
 
     def program(self, name: str) -> Callable:
-        check_can_count()
+        check_clock()
         llvm.add_symbol(_SYMBOL, _counts.ctypes.data)
         return super().program(name)
 
@@ -56,13 +57,16 @@ class ProfiledEngine(Engine):
         return timed(super().make_ops(decoding))
 
 
-def can_count() -> bool:
-    return llvm.get_default_triple().startswith("x86_64")
+def has_clock() -> bool:
+    """Whether programs may read the processor's clock: cycles on x86-64; on 64-bit ARM, where the counter of
+    cycles is the system's, another one, which ticks less often but as evenly."""
+    return llvm.get_default_triple().startswith("x86_64") or native.is_arm()
 
 
-def check_can_count() -> None:
-    if not can_count():
-        raise ConfigError("profiling reads the cycle counter of x86-64 processors; this one is another.")
+def check_clock() -> None:
+    """Raise `ConfigError` unless programs may read the clock."""
+    if not has_clock():
+        raise ConfigError("profiling reads the clock of an x86-64 or 64-bit ARM processor; this is another.")
 
 
 def reset() -> None:
@@ -71,7 +75,7 @@ def reset() -> None:
 
 
 def counts() -> tuple[dict[str, int], dict[str, int]]:
-    """Cycles spent in each family since `reset`, and how many times its ops read the clock."""
+    """Ticks spent in each family since `reset`, and how many times its ops read the clock."""
     n = len(FAMILIES)
     cycles, readings = _counts[:n].tolist(), _counts[n : 2 * n].tolist()
     return dict(zip(FAMILIES, cycles, strict=True)), dict(zip(FAMILIES, readings, strict=True))
@@ -102,7 +106,7 @@ def timed(ops: Any) -> Any:
 
 
 def _make_clock() -> tuple[Any, Any]:
-    """Intrinsics: start() begins to count; lap(slot) adds the cycles since then, or since the last lap."""
+    """Intrinsics: start() begins to count; lap(slot) adds the ticks since then, or since the last lap."""
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
@@ -111,10 +115,13 @@ def _make_clock() -> tuple[Any, Any]:
     word, n = ir.IntType(64), len(FAMILIES)
 
     def now(builder: Any) -> Any:
-        clock = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(word, []), "llvm.readcyclecounter"
-        )
-        return builder.call(clock, [])
+        # (LLVM's "llvm.readsteadycounter" is always 0 on ARM.)
+        name, given = "llvm.readcyclecounter", []
+        if native.is_arm():
+            register = builder.module.add_metadata(["CNTVCT_EL0"])
+            name, given = "llvm.read_volatile_register.i64", [register]
+        kind = ir.FunctionType(word, [each.type for each in given])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), given)
 
     def place(builder: Any, index: Any) -> Any:
         table = builder.module.globals.get(_SYMBOL)
