@@ -91,7 +91,7 @@ MUTANTS = [
         "ops/reference.py",
         "dcontract += np.tensordot(x[:, :n], dout[:n], axes=2)",
         "dcontract[:] = np.tensordot(x[:, :n], dout[:n], axes=2)",
-        "tests/test_gradients.py tests/test_architectures.py tests/test_family.py",
+        "tests/test_training.py::test_a_step_is_the_mean_over_all_its_tokens tests/test_family.py",
     ),
     # ---- the compiled ops
     Mutant(
@@ -192,7 +192,12 @@ MUTANTS = [
         "self._x = x",
         "tests/test_rng.py",
     ),
-    Mutant("rng.py", "x ^= x >> 17", "x ^= x >> 15", "tests/test_rng.py"),
+    Mutant(
+        "rng.py",
+        "self._spare = _f32(r * _f32(math.sin(angle)))",
+        "self._spare = _f32(r * _f32(math.cos(angle)))",
+        "tests/test_rng.py",
+    ),
     Mutant(
         "optim.py",
         "rising = t.lr * (i + 1) / max(t.warmup_steps, 1)",
@@ -203,7 +208,7 @@ MUTANTS = [
         "init.py",
         "residual_std = std / (2 * config.n_layer) ** 0.5",
         "residual_std = std / config.n_layer**0.5",
-        "tests/test_api.py tests/test_family.py tests/test_layout.py",
+        "tests/test_layout.py tests/test_api.py",
     ),
     # ---- data
     Mutant(
@@ -624,7 +629,7 @@ MUTANTS = [
     ),
     Mutant("debugstate.py", "first += len(block)", "pass", "tests/test_check.py tests/test_convert.py"),
     Mutant("debugstate.py", "nan=np.inf", "nan=0.0", "tests/test_check.py tests/test_convert.py"),
-    Mutant("hub.py", 'found[1] != "runs" and ', "", "tests/test_huggingface.py tests/test_cli.py"),
+    Mutant("hub.py", 'found[1] != "runs" and ', "", "tests/test_convert.py"),
     # ---- threads
     Mutant(
         "ops/cpu/barrier.py",
