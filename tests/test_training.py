@@ -270,6 +270,17 @@ def test_only_the_best_is_kept(tmp_path):
     ).max() > 1e-3  # fmt: skip
 
 
+def test_of_equal_losses_the_first_is_the_best(tmp_path):
+    """With the least learning rate there is, no weight changes: nothing gets better than at the start."""
+    settings = {"lr": 1e-30, "val_fraction": 0.01, "eval_every": 2, "n_embd": 8}
+    options = {"engine": "reference", "samples": 0, "progress": False}
+    run = tl.train("names", steps=6, set=settings, out=tmp_path / "run", **options)
+    assert len(run.val_losses) == 4
+    assert len(set(run.val_losses.values())) == 1
+    assert run.best is None
+    assert not (tmp_path / "run/best").exists()
+
+
 def test_data_to_validate_on(here, tmp_path, text):
     (tmp_path / "val.txt").write_text(text[-500:])
     common = (
