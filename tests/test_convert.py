@@ -143,6 +143,9 @@ def test_a_tokenizer_comes_along(source, kind, tmp_path):
         convert(tmp_path / source, tmp_path / target, to)
         source = target
         assert tl.load(tmp_path / source, "reference", dtype="float32").generate("ab a", n=2) == expected
+    # The longest text, as transformers calls it, is the model's.
+    about = json.loads((tmp_path / "c/tokenizer_config.json").read_text())
+    assert about["model_max_length"] == tl.load(tmp_path / "c", "reference").config.block_size < 1024
     assert (tmp_path / "b/tokenizer.json").read_bytes() == (tmp_path / "d/tokenizer.json").read_bytes()
     convert(tmp_path / "a", tmp_path / "a.gguf")
     convert(tmp_path / "d", tmp_path / "d.gguf")

@@ -581,7 +581,7 @@ int main(void) {
         "import tapeless\n"
         "from tapeless.data import workers\n"
         "print(tapeless.train('names', engine='reference', steps=20, samples=1, progress=False).steps)\n"
-        "print(workers.trained(['aa ab'] * 9, 260).vocab_size)\n");
+        "print(workers.trained(['aa ab'] * 9, 260).vocab_size, flush=True)\n");
     raise(SIGINT);
     raise(SIGTERM);
     printf("%d\n", heard == SIGINT + SIGTERM);
