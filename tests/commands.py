@@ -17,6 +17,8 @@ from warm import Warm
 
 # With this, each of a thousand commands would compile the package's source again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Users' output is buffered: what cannot be written may only show at the end.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 COMMAND = [sys.executable, "-m", "tapeless"]
 SMALL = ("--engine", "reference", "--steps", "20", "--samples", "2")

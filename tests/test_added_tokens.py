@@ -89,6 +89,23 @@ BESIDE = {
     "more roles": {
         "tokenizer_config": {"pad_token": "[PAD]", "extra_special_tokens": ["<e>"], "image_token": "<img>"}
     },
+    "many roles": {
+        "tokenizer_config": {
+            "image_token": "<img>", "mask_token": "<m>", "pad_token": "<p>", "sep_token": "<q>",
+            "extra_special_tokens": ["<e>"], "unk_token": "<u>", "bos_token": "<b0>", "audio_token": "<au>",
+        }
+    },
+    "roles of old and new tokens": {
+        "special_tokens_map": {"pad_token": "<p>", "eos_token": "h", "sep_token": "<q>"}
+    },
+    "flags that are not said": {
+        "tokenizer_config": {
+            "added_tokens_decoder": {
+                "270": {"content": "<a>", "special": False}, "271": {"content": "<b>", "special": True},
+                "272": {"content": "<c>"},
+            }
+        }
+    },
     "a role with flags": {
         "tokenizer_config": {"eos_token": {"__type": "AddedToken"} | about("<|pad|>", rstrip=True)}
     },
@@ -143,6 +160,31 @@ def test_added_tokens_are_read(folder):
     assert tokenizer.encode("<|user|><|pad|>") == [271, 270]
     special = {token["content"]: token["special"] for token in tokenizer.to_dict()["added_tokens"]}
     assert special == {END: True, "<|pad|>": True, "<|user|>": False}
+
+
+PLAIN, SPECIAL = (False, True), (True, False)  # special, normalized
+
+
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        ("ids", {"<|pad|>": PLAIN, "<|user|>": PLAIN}),
+        ("ids and roles", {"<|pad|>": SPECIAL, "<|user|>": PLAIN}),
+        ("a list makes the older files void", {"<a>": SPECIAL}),
+        ("flags that are not said", {"<a>": PLAIN, "<b>": SPECIAL, "<c>": PLAIN}),
+        (
+            "many roles",
+            dict.fromkeys(["<b0>", "<u>", "<q>", "<p>", "<m>", "<img>", "<au>", "<e>"], SPECIAL),
+        ),
+        ("roles of old and new tokens", {"<q>": SPECIAL, "<p>": SPECIAL}),
+    ],
+)
+def test_added_tokens_are_those_of_transformers(beside, expected, folder):
+    """As AutoTokenizer of transformers 5.24 said when it was asked: from 270 on, in this order."""
+    put(folder, **BESIDE[beside])
+    tokens = read_tokenizer(folder).to_dict()["added_tokens"]
+    found = {t["content"]: (t["id"], t["special"], t["normalized"]) for t in tokens if t["id"] >= N}
+    assert found == {name: (N + i, *flags) for i, (name, flags) in enumerate(expected.items())}
 
 
 def test_they_come_along_in_a_command(folder, tmp_path):

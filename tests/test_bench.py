@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tapeless as tl
 from commands import refused, succeeds
 from helpers import configs
 from tapeless.__main__ import run
 from tapeless.bench import CASES, TRAINING, bench
-from tapeless.bench.cases import TrainingCase
+from tapeless.bench.cases import GenerationCase, Session, TrainingCase
 from tapeless.bench.workload import Differs, compare, text_of
 from tapeless.config import GPTConfig
 from tapeless.data.documents import read_documents
@@ -139,6 +140,32 @@ def test_other_cases(name):
     (case,) = bench([name], seconds=0)["cases"]
     assert "refused" not in case, case["refused"]
     assert case["characters_per_second" if name == "generate" else "seconds"] > 0
+
+
+def test_generating_is_counted_by_the_tokens_that_are_read():
+    """BOS and all characters; of a text as long as the context not the last one, which is only drawn."""
+    case = GenerationCase(300, 5)
+    result = case.measure(Session(0, lambda line: None))
+    model = tl.train("names", steps=1000, threads=1, samples=0, progress=False).model
+    texts = model.generate("", 300, 0.5, 42)
+    assert result["characters_per_text"] == pytest.approx(np.mean([len(text) for text in texts]))
+    flops = sum(forward_flops(model.config, [min(1 + len(text), 16)]) for text in texts)
+    a_character = flops / sum(map(len, texts))
+    assert result["gflops"] * 1e9 / result["characters_per_second"] == pytest.approx(a_character)
+
+
+def test_what_is_measured_is_measured_three_times_at_least():
+    assert Session(0, lambda line: None).repeat(iter(range(9)).__next__) == [0, 1, 2]
+
+
+def test_the_share_is_of_the_peak_of_as_many_threads(monkeypatch):
+    case = TrainingCase("microgpt", "2 documents", 50, 5, {"batch_size": 2}, threads=2)
+    monkeypatch.setitem(CASES, "two", case)
+    monkeypatch.setitem(TRAINING, "two", case)
+    monkeypatch.setattr(peak, "peak_gflops", lambda threads: 100.0 * threads)
+    (result,) = bench(["two"], seconds=0)["cases"]
+    assert result["threads"] == 2
+    assert result["fraction_of_peak"] == pytest.approx(result["gflops"] / 200)
 
 
 def test_unknown_cases_are_refused(tmp_path):

@@ -51,6 +51,17 @@ def test_what_it_says(here):
     assert (here / "again.bin").read_bytes() == (here / "llmc_v3.bin").read_bytes()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_biases_that_are_added_are_told(bias, here):
+    config = tl.presets["gpt2"].model.replace(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
+    tl.GPT(config.replace(bias=bias), 0, "reference").save(here / "run")
+    told = succeeds("convert", "run", "out", cwd=here).stderr
+    assert ("It has no biases: a Hugging Face folder gets biases of zero.\n" in told) == (not bias)
+    biases = tl.load(here / "out", "reference").params["bqkv"]
+    assert biases.shape == (1, 24)
+    assert not biases.any()
+
+
 @pytest.mark.parametrize("target", ["out.bin", "out", "out.gguf", "state.bin"])
 def test_nothing_is_replaced_by_accident(target, here):
     extra = ["--state", "--batch-size", "1"] if target == "state.bin" else []
@@ -132,6 +143,9 @@ def test_a_tokenizer_comes_along(source, kind, tmp_path):
         convert(tmp_path / source, tmp_path / target, to)
         source = target
         assert tl.load(tmp_path / source, "reference", dtype="float32").generate("ab a", n=2) == expected
+    # The longest text, as transformers calls it, is the model's.
+    about = json.loads((tmp_path / "c/tokenizer_config.json").read_text())
+    assert about["model_max_length"] == tl.load(tmp_path / "c", "reference").config.block_size < 1024
     assert (tmp_path / "b/tokenizer.json").read_bytes() == (tmp_path / "d/tokenizer.json").read_bytes()
     convert(tmp_path / "a", tmp_path / "a.gguf")
     convert(tmp_path / "d", tmp_path / "d.gguf")

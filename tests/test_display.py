@@ -14,7 +14,7 @@ import pytest
 
 import tapeless as tl
 from commands import COMMAND, LISTENING, environment, listen, succeeds
-from tapeless.errors import RunError
+from tapeless.errors import ConfigError, RunError
 from test_runs import contents, losses
 
 training = importlib.import_module("tapeless.train")
@@ -98,7 +98,8 @@ def test_a_terminal_that_is_closed(ignores, tmp_path):
         read_until_saved(process, ours, tmp_path / "run")
         os.close(ours)
     if ignores:
-        wait_for_more(process, tmp_path / "run")
+        for _ in range(5):  # a run that stops saves once more
+            wait_for_more(process, tmp_path / "run")
         process.send_signal(signal.SIGTERM)
     assert process.wait() == (143 if ignores else 129)
     assert_saved(tmp_path / "run")
@@ -548,6 +549,23 @@ def test_the_display_is_silent_where_it_cannot_write(capsys, monkeypatch):
         assert run.steps == 12
 
 
+def test_handlers_from_before_are_there_again():
+    """Of a program in Python that trains: of all signals that stop training, whatever became of it."""
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    mine = [lambda *_: None, signal.SIG_IGN, lambda *_: None]
+    before = [signal.signal(number, handler) for number, handler in zip(signals, mine, strict=True)]
+    try:
+        options = {"engine": "reference", "samples": 0, "progress": False}
+        tl.train("names", steps=2, **options)
+        assert [signal.getsignal(number) for number in signals] == mine
+        with pytest.raises(ConfigError):
+            tl.train("names", steps=-1, **options)
+        assert [signal.getsignal(number) for number in signals] == mine
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
 # ---------------------------------------------------------------- programs that Python is a part of
 
 HOST = r"""
@@ -563,7 +581,7 @@ int main(void) {
         "import tapeless\n"
         "from tapeless.data import workers\n"
         "print(tapeless.train('names', engine='reference', steps=20, samples=1, progress=False).steps)\n"
-        "print(workers.trained(['aa ab'] * 9, 260).vocab_size)\n");
+        "print(workers.trained(['aa ab'] * 9, 260).vocab_size, flush=True)\n");
     raise(SIGINT);
     raise(SIGTERM);
     printf("%d\n", heard == SIGINT + SIGTERM);

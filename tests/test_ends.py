@@ -117,6 +117,7 @@ def test_a_text_begins_with_bos():
         ({"eos_token_id": None, "bos_token_id": None}, {}, (None, ())),  # none, says the file
         ({"bos_token_id": 50256, "eos_token_id": 50256}, {}, (10, (10,))),  # transformers' defaults
         ({"eos_token_id": [50256, 5]}, {}, (10, (5,))),
+        ({"eos_token_id": [11, 5]}, {}, (10, (5,))),  # the first beyond the vocabulary
         ({"bos_token_id": -1, "eos_token_id": -1}, {}, (None, ())),
     ],
 )

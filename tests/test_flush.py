@@ -143,6 +143,21 @@ def test_other_files_are_flushed_before_they_get_their_names(tmp_path, monkeypat
             assert seen.first("flush", path.parent, after=moved)
 
 
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EINVAL, errno.ENOTSUP])
+def test_a_folder_that_cannot_be_flushed(error, tmp_path, monkeypatch):
+    """Some systems do not flush folders, and say so; what is said of a failing drive is not dropped."""
+
+    def failing(handle):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(files, "flush", failing)
+    if error in (errno.EINVAL, errno.ENOTSUP):
+        files.flush_folder(tmp_path)
+        return
+    with pytest.raises(OSError, match=os.strerror(error)):
+        files.flush_folder(tmp_path)
+
+
 # ---------------------------------------------------------------- macOS
 
 
@@ -340,6 +355,22 @@ def test_a_lock_has_one_holder_whenever_it_is_released(tmp_path, monkeypatch):
     assert held(tmp_path / "run")
     second.__exit__()
     assert not held(tmp_path / "run")
+
+
+def test_a_lock_is_held_until_its_file_is_removed(tmp_path, monkeypatch):
+    """Whoever had it by then would lose its file."""
+    pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    unlink, found = os.unlink, []
+
+    def unlinking(path, **options):
+        found.append(held(tmp_path / "run"))
+        unlink(path, **options)
+
+    with lock.Lock(tmp_path / "run"):
+        monkeypatch.setattr(os, "unlink", unlinking)
+    assert found == [True]
+    assert contents(tmp_path / "run") == {}
 
 
 def test_a_lock_file_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):

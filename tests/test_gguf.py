@@ -166,6 +166,12 @@ def test_several_ends(hf):
 
 
 DIGITS = {"type": "Digits", "individual_digits": True}
+LLAMA3 = (  # as in the tokenizer.json of Llama 3
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+LLAMA3S = {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL | {"use_regex": False}]}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +179,9 @@ DIGITS = {"type": "Digits", "individual_digits": True}
     [
         ({"pre_tokenizer": BYTE_LEVEL}, "gpt-2"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}}, "smollm"),
+        # llama.cpp's "llama-bpe" takes words of the vocabulary whole, "smaug-bpe" merges them.
+        ({"pre_tokenizer": LLAMA3S, "ignore_merges": True}, "llama-bpe"),
+        ({"pre_tokenizer": LLAMA3S}, "smaug-bpe"),
         ({"normalizer": {"type": "NFC"}}, "gpt-2"),
         ({"normalizer": {"type": "Lowercase"}}, "it changes texts first (Lowercase)"),
         ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "puts a space before a text"),
@@ -184,6 +193,7 @@ DIGITS = {"type": "Digits", "individual_digits": True}
         ({"ignore_merges": True}, "splits texts into words by a rule that llama.cpp does not have"),
         ({"unk_token": "a"}, "a token for unknown bytes, 'a'"),
         ({"added_tokens": [added(10, golden.EOT) | {"lstrip": True}]}, "has lstrip, which GGUF cannot say"),
+        ({"added_tokens": [added(10, golden.EOT) | {"single_word": True}]}, "has single_word, which GGUF"),
         ({"added_tokens": [added(10, "ab")]}, ""),
     ],
 )  # fmt: skip
@@ -202,6 +212,28 @@ def test_the_pretokenizer_is_llama_cpps_or_refused(change, pre, hf):
         convert(hf, target)
     assert pre in str(error.value)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("normalized", ["ab", "bcc"])
+def test_tokens_that_overlap(normalized, hf):
+    """llama.cpp looks for the longest first. The library looks for those that are not normalized first: the
+    other way round where that is the shorter one."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokens = [added(8, "ab"), added(9, "bcc"), added(10, golden.EOT)]
+    for token in tokens:
+        if token["content"] == normalized:
+            token |= {"special": False, "normalized": True}
+    vocab = {t: i for i, t in enumerate(TOKENS[:8])}
+    tokenizer_json(hf, model={"type": "BPE", "vocab": vocab, "merges": []}, added_tokens=tokens)
+    library = tokenizers.Tokenizer.from_file(str(hf / "tokenizer.json"))
+    found = library.encode("abcc").tokens
+    if normalized == "ab":
+        assert found == ["a", "bcc"]
+        convert(hf, hf.parent / "model.gguf")
+        return
+    assert found == ["ab", "c", "c"]
+    with pytest.raises(tl.TapelessError, match=r"its tokens '(ab|bcc)' and '(ab|bcc)' can overlap in a text"):
+        convert(hf, hf.parent / "model.gguf")
 
 
 def test_ids_without_a_token_are_filled(hf):

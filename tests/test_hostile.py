@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 import tapeless as tl
 from commands import tapeless
@@ -300,6 +302,26 @@ def test_keys_within_keys_in_toml(tmp_path):
     (tmp_path / "my.toml").write_text(".".join("a" * 20_000) + " = 1")
     with pytest.raises(ConfigError, match="too long for settings"):
         read_toml(tmp_path / "my.toml")
+
+
+@pytest.mark.parametrize("between", [0, 4, -4], ids=["as it should be", "a hole", "overlapping"])
+def test_tensors_that_do_not_follow_each_other(between, tmp_path):
+    """The safetensors library is the judge of what is whole."""
+    begin = 8 + between
+    header = {
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [begin, begin + 8]},
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(begin + 8))
+    if not between:
+        assert load_file(path).keys() == safetensors.open_file(path).keys() == {"a", "b"}
+        return
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    with pytest.raises(RunError, match="is damaged or truncated"):
+        safetensors.open_file(path)
 
 
 def test_layers_of_any_number(tmp_path):

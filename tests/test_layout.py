@@ -22,6 +22,7 @@ from tapeless.layout import (
     parameter_plan,
     parameters,
 )
+from tapeless.model import GPT
 
 
 def test_microgpt_has_4192_parameters():
@@ -55,6 +56,18 @@ def test_gpt2_has_its_published_sizes(layers, heads, width, count):
         tied=True,
     )
     assert n_params(config) == count
+
+
+@pytest.mark.parametrize(
+    ("init", "spread"), [("gpt2", 0.02), ("microgpt", 0.08), ("esp32gpt", 0.1), ("width", 1 / 8)]
+)
+def test_first_weights_have_the_spread_of_their_scheme(init, spread):
+    """GPT-2's scale the matrices that write into the residual stream by 1/√N, N of them: two a layer."""
+    model = GPT(GPTConfig(vocab_size=50, n_layer=3, n_embd=64, n_head=4, init=init), 1, "reference")
+    for name in ("wte", "wqkv", "wo", "w1", "w2", "head"):
+        expected = spread / 6**0.5 if init == "gpt2" and name in ("wo", "w2") else spread
+        assert model.params[name].std() == pytest.approx(expected, rel=0.05), name
+        assert abs(model.params[name].mean()) < 0.1 * expected
 
 
 @given(configs())

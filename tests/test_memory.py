@@ -12,7 +12,7 @@ import pytest
 import tapeless as tl
 from commands import refused, succeeds
 from helpers import PRESETS, random_batch, random_model
-from tapeless import memory
+from tapeless import memory, plan
 from tapeless.errors import ConfigError
 from tapeless.settings import Training
 
@@ -155,6 +155,19 @@ def test_the_budget_is_what_training_really_takes(
     if "sample_every" not in settings:  # texts come after the end
         exact -= sum(size for name, size in sizes.items() if "sampling" in name or name == "generating texts")
     assert exact <= arrays <= peak <= sum(sizes.values()) + 200_000  # of Python's own objects
+
+
+@pytest.mark.parametrize(("optimiser", "momentum"), [("adam", 0.0), ("sgd", 0.0), ("sgd", 0.9)])
+def test_the_budget_has_the_copies_of_the_state_that_are_kept(optimiser, momentum):
+    settings = {"optimiser": optimiser, "momentum": momentum}
+    job = plan.prepare(plan.fresh("names", None, None, None, settings, 1, "reference", None, None))
+    for _ in range(3):
+        job.advance(1)
+        job.guard.keep()
+    kept = sum(array.nbytes for copy in job.guard._good for array in copy.arrays.values())
+    config, training = job.model.config, job.training
+    plans, _ = memory.training_memory(config, training, "reference", job.model.engine.dtype, None, 16)
+    assert plans["two copies of the state"].nbytes == kept
 
 
 def test_a_run_is_refused_before_it_starts(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 
@@ -11,8 +12,12 @@ from safetensors.numpy import load_file
 
 import tapeless as tl
 from commands import refused, succeeds, tapeless
+from shard_files import write_shard
 from tapeless import plan, programs
+from tapeless.data.sources import open_data
 from tapeless.errors import ConfigError, NumericsError
+from tapeless.replay import described
+from test_runs import StopAt
 
 OUTLIERS = (70, 150)  # steps
 
@@ -56,6 +61,8 @@ def test_a_spike_stops_the_run_before_it_does_harm(data, tmp_path):
         r"bad_steps=skip, a larger spike or a smaller lr \(it was 0\.02\)\.",
         error,
     )
+    lines = data.read_text().split("\n")
+    assert lines[int(re.search(r"document (\d+)", error)[1]) - 1] == "zqzq"
     # What is kept is what the same steps give that meet no spike.
     before = tl.train(data, steps=69, lr=0.02, samples=0, set={"schedule": "constant"}, progress=False)
     assert np.array_equal(load_file(tmp_path / "run/state.safetensors")["params"], before.model.engine.params)
@@ -167,6 +174,49 @@ def test_positions_in_a_text(poisoned, tmp_path):
     )
 
 
+def test_positions_in_several_files(tmp_path):
+    """Each file's are counted from its own beginning."""
+    for name, size in (("part_0.bin", 300), ("part_1.bin", 350)):
+        write_shard(tmp_path / name, [1] * size)
+    data = open_data(tmp_path / "part_*.bin", None, None, 27, 8, lines=False, val_fraction=0.0)
+    told = described(data, "part_*.bin", np.array([[[292, 7], [340, 8]]]))
+    assert told == "tokens 292 to 299 of part_0.bin, tokens 40 to 48 of part_1.bin"
+
+
+@pytest.mark.parametrize("name", ["params", "m", "v"])
+def test_an_update_that_overflows_is_undone(name, tmp_path, monkeypatch):
+    """Also where the loss does not show it: with an infinite second moment a weight would never move again.
+    The fifth step, of eight in one call, leaves such a number. The last good state is the one from which a
+    step led to a finite state: that after the third."""
+    training, engine = importlib.import_module("tapeless.train"), importlib.import_module("tapeless.engine")
+    train, fifth = engine.Engine.train, 0.02 * (1 - 4 / 12)
+
+    def spoilt(self, stream, spans, lrs, *more):
+        done = train(self, stream, spans, lrs, *more)
+        if np.isclose(lrs, fifth, rtol=1e-9).any():
+            self.state[name][-1] = np.inf
+        return done
+
+    monkeypatch.setattr(engine.Engine, "train", spoilt)
+    monkeypatch.setattr(training, "CHUNK_SECONDS", 1e9)
+    options = {"steps": 12, "samples": 0, "engine": "reference", "dtype": "float32", "progress": False}
+    with pytest.raises(NumericsError, match=r"the update overflows at step 5\. .* the state after step 3:"):
+        tl.train("names", out=tmp_path / "run", lr=0.02, set={"schedule": "linear"}, **options)
+    monkeypatch.undo()
+    state = load_file(tmp_path / "run/state.safetensors")
+    assert state["step"].tolist() == [3]
+    assert all(np.isfinite(state[each]).all() for each in ("params", "m", "v"))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    # The rows and the state are those of a run that was never spoilt.
+    monkeypatch.setattr(training, "CHUNK_SECONDS", 0.0)
+    with pytest.raises(tl.Interrupted):
+        tl.train("names", out=tmp_path / "three", lr=0.02, **options | {"progress": StopAt(3)})
+    expected = load_file(tmp_path / "three/state.safetensors")
+    assert expected["step"].tolist() == [3]
+    assert all(np.array_equal(state[each], expected[each]) for each in ("params", "m", "v", "rng.words"))
+
+
 def test_a_gradient_that_is_not_finite_is_bad_although_the_loss_is_not(monkeypatch):
     """Looked at before the update, which would spoil the model."""
     job = prepared("names", {"bad_steps": "skip"})
@@ -206,6 +256,30 @@ def test_skipping_for_ever_ends(poisoned, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 101))
     assert {(row["loss"], row["skipped"]) for row in rows} == {(None, "the loss is nan")}
+
+
+def test_bad_steps_with_good_ones_between_do_not_end_a_run(monkeypatch):
+    """The hundred that end it are in a row: here every other step is bad."""
+    engine, guard = (importlib.import_module(f"tapeless.{name}") for name in ("engine", "guard"))
+    train, wrong = engine.Engine.train, []
+    monkeypatch.setattr(importlib.import_module("tapeless.train"), "CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(guard, "first_not_finite", lambda *_: "")
+
+    def spoilt(self, *given):
+        before = self.params.copy()
+        bad = len(wrong) % 2 == 1
+        if bad:
+            self.params[:] = np.nan
+        done = train(self, *given)
+        if bad:
+            self.params[:] = before
+        wrong.append(bool(done.wrong))
+        return done
+
+    monkeypatch.setattr(engine.Engine, "train", spoilt)
+    settings = {"bad_steps": "skip", "n_embd": 8}
+    tl.train("names", steps=210, samples=0, engine="reference", set=settings, progress=False)
+    assert wrong == [False, True] * 105
 
 
 def test_where_a_program_would_not_skip_it_is_not_exported(tmp_path):

@@ -159,13 +159,15 @@ def test_several_batches_are_one_large_step(order, here):
     assert whole.losses[0] - whole.losses[-1] > 0.1
 
 
-def test_a_step_is_the_mean_over_all_its_tokens():
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_step_is_the_mean_over_all_its_tokens(streams):
     """Of documents of different lengths as well: the engine takes any batches."""
+    config = GPT2 if streams == 1 else GPT2.replace(residual="mhc", n_streams=streams)
     stream = np.random.default_rng(0).integers(0, 27, 60).astype(np.int32)
     spans = np.array([[[[0, 12], [20, 3]], [[30, 1], [40, 16]]]])  # one step of two batches of two
     places = np.concatenate([np.arange(first, first + n) for first, n in spans.reshape(-1, 2)])
     starts = np.append(0, np.cumsum(spans[..., 1]))
-    model = random_model(GPT2)
+    model = random_model(config)
     before = model.engine.params.copy()
     model.engine.optimiser.constants[:] = 0.0
     [loss] = model.engine.train(stream, spans, np.array([0.1]), "sgd").losses
@@ -176,7 +178,7 @@ def test_a_step_is_the_mean_over_all_its_tokens():
     # The compiled engine does the same.
     results = []
     for engine in ("reference", "cpu"):
-        model = random_model(GPT2, engine)
+        model = random_model(config, engine)
         model.engine.optimiser.constants[:] = 0.9, 0.99, 1e-3, 0.0, 0.0, 0.5
         losses = model.engine.train(stream, np.concatenate([spans] * 3), np.full(3, 0.01)).losses
         results.append((losses, model.engine.params))
@@ -266,6 +268,17 @@ def test_only_the_best_is_kept(tmp_path):
     assert np.abs(
         tl.load(tmp_path / "run/best").engine.params - tl.load(tmp_path / "run").engine.params
     ).max() > 1e-3  # fmt: skip
+
+
+def test_of_equal_losses_the_first_is_the_best(tmp_path):
+    """With the least learning rate there is, no weight changes: nothing gets better than at the start."""
+    settings = {"lr": 1e-30, "val_fraction": 0.01, "eval_every": 2, "n_embd": 8}
+    options = {"engine": "reference", "samples": 0, "progress": False}
+    run = tl.train("names", steps=6, set=settings, out=tmp_path / "run", **options)
+    assert len(run.val_losses) == 4
+    assert len(set(run.val_losses.values())) == 1
+    assert run.best is None
+    assert not (tmp_path / "run/best").exists()
 
 
 def test_data_to_validate_on(here, tmp_path, text):

@@ -20,6 +20,8 @@ from tapeless.regular import open_regular
 
 CONFIG, TOKENS, ROLES = FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False}
+# Roles in the order in which transformers numbers their tokens; others follow as the file has them.
+ROLE_ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE = ("extra_special_tokens", "additional_special_tokens")  # roles without a name
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")  # whose add_prefix_space is that of their config
 
@@ -94,9 +96,9 @@ def _content(token: Any) -> str:
 
 def _special(config: Mapping[str, Any]) -> Iterable[Any]:
     """The tokens that have a role, such as eos_token, in the order of transformers."""
-    for key, token in config.items():
-        if key.endswith("_token") and isinstance(token, str | dict):
-            yield token
+    roles = [key for key, token in config.items() if key.endswith("_token") and isinstance(token, str | dict)]
+    for key in sorted(roles, key=lambda key: [*ROLE_ORDER, key].index(key)):
+        yield config[key]
     for key in MORE:
         more = config.get(key) or []
         yield from more.values() if isinstance(more, dict) else more
@@ -104,7 +106,7 @@ def _special(config: Mapping[str, Any]) -> Iterable[Any]:
 
 def _token(id: int, about: Mapping[str, Any]) -> dict[str, Any]:
     """An added token as tokenizer.json has it."""
-    special = about.get("special", True)
+    special = about.get("special", False)
     flags = {name: bool(about.get(name, default)) for name, default in PLAIN.items()}
     if isinstance(id, bool) or not isinstance(id, int) or not isinstance(special, bool):
         raise TypeError
