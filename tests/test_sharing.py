@@ -251,31 +251,6 @@ def test_programs_are_compiled_once_whoever_asks(child, tmp_path):
     assert result == "0.0 True ['tapeless_entry', 'tapeless_product']"
 
 
-@pytest.mark.parametrize("raised", [TimeoutError, SystemExit, KeyboardInterrupt])
-def test_what_a_signal_raises_waits_until_a_team_is_done(raised, child):
-    """Its threads work in the caller's buffers."""
-    code = f"""
-import os, signal, threading
-from tapeless.team import run_together
-def handler(*_):
-    heard.set()
-    raise {raised.__name__}("now")
-signal.signal(signal.SIGUSR1, handler)
-heard, ended = threading.Event(), []
-def task():
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-    heard.wait()
-    ended.append(1)
-try:
-    run_together([task] * 2)
-except {raised.__name__}:
-    print(len(ended))
-"""
-    if not hasattr(os, "fork"):
-        pytest.skip("this system has no such signals")
-    assert child(code) == "2"
-
-
 # ---------------------------------------------------------------- copies
 
 

@@ -409,9 +409,16 @@ from tapeless import team
 team.SimpleQueue = Waits
 done, heard = [], threading.Event()
 
+def handler(*_):
+    raise RAISED("now")
+
+for number in SIGNALS:
+    signal.signal(number, handler)
+
 def first():
     news = Waits.begun.get()  # the main thread waits for the tasks
-    os.kill(os.getpid(), signal.SIGINT)
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)
     news.put(None)  # a signal that came just before it fell asleep is heard when it wakes up
     Waits.begun.get()  # it was interrupted, and waits again
     heard.set()
@@ -424,7 +431,7 @@ def second():
 try:
     team.run_together([first, second])
     print("went on")
-except KeyboardInterrupt:
+except RAISED:
     print("interrupted after", len(done))
 team.run_together([lambda: done.append(1)] * 2)
 print(len(done))
@@ -432,8 +439,12 @@ print(len(done))
 
 
 @signals
-def test_an_interrupt_waits_until_all_are_done(child):
-    assert child(INTERRUPTED).splitlines() == ["interrupted after 2", "4"]
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "SystemExit", "TimeoutError"])
+@pytest.mark.parametrize("numbers", ["[signal.SIGINT]", "[signal.SIGINT, signal.SIGTERM]"])
+def test_what_signals_raise_waits_until_all_are_done(numbers, raised, child):
+    """The threads work in the caller's buffers. What two signals at once raise comes right after each other."""
+    code = INTERRUPTED.replace("SIGNALS", numbers).replace("RAISED", raised)
+    assert child(code).splitlines() == ["interrupted after 2", "4"]
 
 
 @pytest.mark.signals

@@ -83,11 +83,14 @@ def run_together(tasks: Sequence[Callable[[], object]]) -> None:
         workers[0].tasks.put((begin, done))
     except BaseException as caught:  # a signal's comes after a call, not in place of it: they have begun
         failure = caught
-    while True:
+    # A second signal's exception may come where a loop jumps back, outside of the inner try.
+    while len(done.finished) < len(tasks):
         try:
             while len(done.finished) < len(tasks):
-                done.news.get()
-            break
+                try:
+                    done.news.get()
+                except BaseException as caught:
+                    failure = caught
         except BaseException as caught:
             failure = caught
     _idle.extend(workers)
