@@ -267,11 +267,13 @@ def test_output_that_does_not_fit_on_the_disk(name, scratch):
     assert (done.returncode, done.stderr) == (2, b"error: output: No space left on device.\n")
 
 
+# What a signal's handler prints is dropped if it comes in the middle of writing to the same stream. So these
+# programs say where they are by os.write, which is done when it is read.
 WAITS = """
-import sys, time
+import os, time
 from tapeless.data import tokenize
 def wait(*_):
-    print("waiting", file=sys.stderr, flush=True)
+    os.write(2, b"waiting\\n")
     while True:
         time.sleep(0.05)
 tokenize._publish = wait
@@ -298,10 +300,10 @@ def test_a_command_that_is_stopped_leaves_nothing_half_done(number, code, scratc
 
 
 VALIDATES = """
-import sys, time
+import os, time
 from tapeless.job import Job
 def validate(self):
-    print("validating", file=sys.stderr, flush=True)
+    os.write(2, b"validating\\n")
     while True:
         time.sleep(0.05)
 Job.validate = validate

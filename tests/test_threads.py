@@ -442,7 +442,7 @@ print(len(done))
 @pytest.mark.parametrize("raised", ["KeyboardInterrupt", "SystemExit", "TimeoutError"])
 @pytest.mark.parametrize("numbers", ["[signal.SIGINT]", "[signal.SIGINT, signal.SIGTERM]"])
 def test_what_signals_raise_waits_until_all_are_done(numbers, raised, child):
-    """The threads work in the caller's buffers. What two signals at once raise comes right after each other."""
+    """The threads work in the caller's buffers. What two signals raise comes in immediate succession."""
     code = INTERRUPTED.replace("SIGNALS", numbers).replace("RAISED", raised)
     assert child(code).splitlines() == ["interrupted after 2", "4"]
 

@@ -66,8 +66,8 @@ GENERATING = 2_000_000_000
 
 
 class Steps(NamedTuple):
-    """What training steps gave: losses [K] and norms of the gradients [K], zero where nothing asked for
-    them, of the steps that were done; `wrong`: what is with the last of them, as in `tapeless.programs`."""
+    """Results of the training steps that were done: losses [K]; norms of the gradients [K], zero where
+    nothing asked for them; `wrong`: the status code of the last step, as in `tapeless.programs`."""
 
     losses: np.ndarray
     norms: np.ndarray

@@ -191,7 +191,7 @@ def decoding(config: GPTConfig, rows: int | None = None) -> tuple[Tensor, ...]:
     )
 
 
-# Tokens of a prompt that are read at once: so many that computing takes the time, not reading the weights.
+# Tokens of a prompt that are read at once: large enough to be compute-bound.
 PIECE = 64
 
 

@@ -6,8 +6,8 @@
 
 A checkpoint is written aside, flushed to disk, read back from there and compared; then the folder gets
 its name, and the files at the top of the run folder become its own (`publish`); then older ones go. So at
-every moment there is a whole one, and the newest is that of the highest number. What a file should hold is
-summed up as it is written, so that nothing is read more than once.
+every moment there is a whole one, and the newest is that of the highest number. Files are hashed as they are
+written, so that nothing is read more than once.
 
 Each time a checkpoint is used, what is read of it is compared first: `newest`.
 """

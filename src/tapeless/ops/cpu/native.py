@@ -216,7 +216,7 @@ def _pipeline() -> Any:
             state.flags.no_compile = True
             super().run_pass(state)
             library.finalize()  # links what it calls
-            # Callers find a function by its machine code as a Python built-in: any that is no other's.
+            # Callers find a function by its machine code as a Python built-in, which must be unique.
             state["cr"] = state["cr"]._replace(cfunc=[].append)
             state.targetctx.insert_user_function(state["cr"].cfunc, state["cr"].fndesc, [library])
             return True
