@@ -44,9 +44,8 @@ def test_cached_decoding_gives_the_logits_of_the_full_pass(preset, engine):
 @pytest.mark.parametrize(
     ("streams", "engine", "dtype"),
     [
-        *((2, *engine) for engine in ENGINES),
-        *((4, *engine) for engine in ENGINES[:2]),
-        pytest.param(4, *ENGINES[2], marks=pytest.mark.oracle),
+        *((streams, *engine) for streams in (2, 4) for engine in ENGINES[:2]),
+        *(pytest.param(streams, *ENGINES[2], marks=pytest.mark.oracle) for streams in (2, 4)),
     ],
 )
 def test_hyper_connections_begin_as_the_plain_residual(streams, engine, dtype):

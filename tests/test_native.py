@@ -244,8 +244,8 @@ def test_code_in_the_cache_runs_though_numba_must_not_compile(child, first):
 
 def test_a_setting_that_numba_ignores_is_told_in_a_line(tmp_path):
     variables = {"NUMBA_OPT": "9", "TAPELESS_CACHE_DIR": str(tmp_path)}
-    options = ("train", "names", "--steps", 1, "--samples", 0, "--out", "run")
-    said = succeeds(*options, cwd=tmp_path, env=environment(**variables)).stderr
+    tl.train(steps=1, samples=0, engine="reference", out=tmp_path / "run", progress=False)
+    said = succeeds("sample", "run", "-n", 1, cwd=tmp_path, env=environment(**variables)).stderr
     assert "note: Environment variable 'NUMBA_OPT' is defined but" in said
     assert "Traceback" not in said
 

@@ -114,7 +114,7 @@ def case_of_each():
     compiled = 0
     for i, chosen in enumerate(SETS):
         compiled += chosen["engine"] == "cpu"
-        marks = [pytest.mark.oracle] if i >= USUAL or (chosen["engine"] == "cpu" and compiled > 2) else []
+        marks = [pytest.mark.oracle] if i >= USUAL or (chosen["engine"] == "cpu" and compiled > 1) else []
         yield pytest.param(chosen, id="-".join(map(str, chosen.values())), marks=marks)
 
 

@@ -110,6 +110,7 @@ def test_a_mistake_beside_overwrite_costs_nothing(arguments, run):
     assert contents(run) == before
 
 
+@pytest.mark.oracle
 @pytest.mark.signals
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_process_killed_while_it_replaces_a_run(tmp_path, monkeypatch):
