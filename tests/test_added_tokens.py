@@ -218,12 +218,15 @@ def test_damaged_files(name, content, folder):
     [
         ({"added_tokens": {"<a>": 300}}, "the added token '<a>' the id 300, where its vocabulary has 270"),
         ({"added_tokens": {"<a>": 3}}, "the added token '<a>' the id 3, where its vocabulary has 270"),
-        ({"added_tokens": {"<a>": "x"}}, "the added tokens are none"),
-        ({"added_tokens": {"<a>": True}}, "the added tokens are none"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"x": about("<a>")}}}, "the added tokens are none"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"270": {}}}}, "the added tokens are none"),
-        ({"tokenizer_config": {"added_tokens_decoder": 3}}, "the added tokens are none"),
-        ({"special_tokens_map": {"additional_special_tokens": 3}}, "the added tokens are none"),
+        ({"added_tokens": {"<a>": "x"}}, "its added tokens cannot be read"),
+        ({"added_tokens": {"<a>": True}}, "its added tokens cannot be read"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"x": about("<a>")}}},
+            "its added tokens cannot be read",
+        ),
+        ({"tokenizer_config": {"added_tokens_decoder": {"270": {}}}}, "its added tokens cannot be read"),
+        ({"tokenizer_config": {"added_tokens_decoder": 3}}, "its added tokens cannot be read"),
+        ({"special_tokens_map": {"additional_special_tokens": 3}}, "its added tokens cannot be read"),
     ],
 )
 def test_files_that_say_no_tokens(files, words, folder):

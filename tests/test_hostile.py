@@ -200,7 +200,7 @@ def resumed(run, place, **numbers):
 
 @pytest.mark.parametrize("best", [np.nan, np.inf, -np.inf])
 def test_a_best_score_that_is_none(best, run, tmp_path):
-    with pytest.raises(RunError, match="best score or random state is none"):
+    with pytest.raises(RunError, match="best score or random state is invalid"):
         resumed(run, tmp_path / "run", best=best)
 
 
@@ -208,7 +208,7 @@ def test_a_best_score_that_is_none(best, run, tmp_path):
 def test_a_random_state_that_is_none(preset, words, tmp_path):
     tl.train(preset=preset, engine="reference", steps=2, samples=0, out=tmp_path / "run", progress=False)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(RunError, match="random state is none"):
+    with pytest.raises(RunError, match="random state is invalid"):
         resumed(tmp_path / "run", tmp_path / "copy", rng_words=words)
 
 

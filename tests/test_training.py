@@ -660,7 +660,7 @@ def test_the_kind_of_tokens_is_kept_with_the_run(tmp_path):
     (tmp_path / "train.bin").rename(tmp_path / "ids")
     succeeds("eval", "run", "ids", "--token-dtype", "uint16", cwd=tmp_path)
     error = refused("train", "names", "--token-dtype", "uint16", *QUIET, cwd=tmp_path)
-    assert "token_dtype is about token files, but names is none" in error
+    assert "token_dtype applies to token files only; names is not one" in error
     assert "token_dtype cannot be 'uint8'" in refused("train", "ids", "--token-dtype", "uint8", cwd=tmp_path)
     assert "token_dtype cannot be 'uint8'" in refused(
         "eval", "run", "ids", "--token-dtype", "uint8", cwd=tmp_path

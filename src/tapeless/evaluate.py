@@ -124,7 +124,7 @@ def _open(model: GPT, data: Any, lines: bool | None, token_dtype: str) -> tuple[
         return data, of_lines or (lines and data.spans is not None)
     source = source_of(data)
     if token_dtype != AUTO and not are_tokens(source, token_dtype):
-        raise ConfigError(f"token_dtype is about token files, but {called(source)} is none: leave it out.")
+        raise ConfigError(f"token_dtype applies to token files only; {called(source)} is not one.")
     if isinstance(source, np.ndarray):
         return Corpus.of_pieces([_checked(source, model)]), of_lines
     if are_tokens(source, token_dtype):

@@ -407,7 +407,7 @@ class Job:
             self.best = (float(state["best"][0]), int(state["best"][1]))
             self.rng.restore({"words": state["rng.words"], "spare": state["rng.spare"]})
         except (ValueError, OverflowError):
-            raise RunError(f"{path} is damaged: its best score or random state is none.") from None
+            raise RunError(f"{path} is damaged: its best score or random state is invalid.") from None
         if self.step < 0 or not self.guard.finite():
             raise RunError(f"{path} is damaged: it holds numbers that training cannot go on from.")
         if place != self.folder:

@@ -253,7 +253,7 @@ def prepare(plan: Plan, lock: Lock = NOWHERE, log_every: int = 1, overwrite: boo
     batches = training.batches(longest)
     sources = [source for source in (plan.data, plan.val) if source is not None]
     if training.token_dtype != AUTO and not any(are_tokens(each, training.token_dtype) for each in sources):
-        raise ConfigError(f"token_dtype is about token files, but {called(plan.data)} is none: leave it out.")
+        raise ConfigError(f"token_dtype applies to token files only; {called(plan.data)} is not one.")
     data = _read(plan)
     if training.eval_every and data.val is None:
         raise ConfigError(

@@ -38,7 +38,9 @@ def completed(description: dict[str, Any], folder: Path) -> dict[str, Any]:
         return _completed(description, config, added, roles)
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError):
         there = [name for name in FILES if (folder / name).exists()]
-        raise DataError(f"{folder} has a damaged {' or '.join(there)}: the added tokens are none.") from None
+        raise DataError(
+            f"{folder} has a damaged {' or '.join(there)}: its added tokens cannot be read."
+        ) from None
 
 
 def _completed(

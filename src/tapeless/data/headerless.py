@@ -62,7 +62,9 @@ def find_dtype(path: Path, size: int, start: bytes, vocab_size: int, token_dtype
         else:
             possible.append(dtype)
     if not possible:
-        what = f"it has {', '.join(reasons)}" if reasons else f"{size:,} bytes are no whole number of tokens"
+        what = (
+            f"it has {', '.join(reasons)}" if reasons else f"{size:,} bytes are not a whole number of tokens"
+        )
         raise DataError(
             f"{path} does not hold token ids: it has no header of llm.c or NumPy, and {what}; "
             f"{_below(vocab_size)}."
