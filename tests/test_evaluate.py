@@ -252,14 +252,6 @@ def test_positions_that_were_never_trained_are_noted(tmp_path):
     assert "window              32" in told.stdout
     for arguments in (["fine", "t.txt", "--block-size", "8"], ["whole", "t.txt"]):
         assert "note" not in succeeds("eval", *arguments, "--engine", "reference", cwd=tmp_path).stderr
-    # Texts as well, if nothing ends them: the first token, "\\n", and seven more have the positions 0 to 7.
-    note = "note: texts of 32 tokens reach beyond the 8 positions that the run trained"
-    told = succeeds("sample", "fine", "-n", "1", "--engine", "reference", cwd=tmp_path)
-    assert note in told.stderr
-    assert "--max-tokens 8 stays within them" in told.stderr
-    for arguments in (["fine", "--max-tokens", "8"], ["whole"]):
-        sampled = succeeds("sample", *arguments, "-n", "1", "--engine", "reference", cwd=tmp_path)
-        assert "note" not in sampled.stderr
     # Trained further on longer windows, it knows more of them; on shorter ones no less.
     again = ("--resume", "--out", "fine", "--engine", "reference", "--samples", "0")
     for step, window, positions in ((2, 16, 16), (3, 4, 16)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from tapeless.config import MAX_SIZE, number, whole
 from tapeless.data.table import TableTokenizer
 from tapeless.data.tokenizers import Numbers
 from tapeless.ends import eos_ids
-from tapeless.errors import ConfigError, DataError, Notice, argument
+from tapeless.errors import ConfigError, DataError
 from tapeless.rng import Random
 from tapeless.settings import MAX_TEMPERATURE, MAX_TEXTS, MAX_TOKENS
 
@@ -44,9 +43,6 @@ def generate(
     Each token is drawn from softmax(logits / temperature), temperature 0 taking the likeliest;
     `top_k` > 0 keeps only the k likeliest, `top_p` < 1 the likeliest that together reach p.
     `max_tokens` None fills the block. One uniform number of `rng` is used for each token.
-
-    A `Notice` warns where most texts, since nothing ends them, reach beyond the positions that the model was
-    trained on.
 
     Texts are generated some at a time, and only meanwhile is the model's lock held: other threads can use
     the model while the caller reads the texts.
@@ -86,24 +82,8 @@ def generate(
         # and take only those used, as if each had been drawn when it was needed.
         rng.restore(start)
         rng.uniforms(used)
-        if 2 * sum(len(row) == max_tokens for row in rows) > some:
-            _warn_of_positions(model, len(context), max_tokens)
         for row in rows:
             yield tokenizer.decode([*ids, *row.tolist()])
-
-
-def _warn_of_positions(model: GPT, context: int, new: int) -> None:
-    # The last token of a text is predicted from those before it: it needs no position.
-    trained, positions = model.trained_positions, min(context + new - 1, model.config.block_size)
-    if trained is not None and positions > trained:
-        fitting = max(1, trained + 1 - context)
-        warnings.warn(
-            Notice(
-                f"texts of {positions:,} tokens reach beyond the {trained:,} positions that the run trained, "
-                f"so expect them to get worse; {argument('max_tokens', fitting)} stays within them."
-            ),
-            stacklevel=3,
-        )
 
 
 def texts_at_once(n_params: int, max_tokens: int) -> int:
