@@ -106,6 +106,7 @@ def test_numbers_of_the_padding_mean_nothing(here):
 def test_small_gradients_are_compared_as_well():
     """Where all of them are below what llm.c's test allows, one that is wrong must still show."""
     right = np.full((2, 8, 32), 1e-3)
+    right[1] *= -2  # blocks that differ, or one compared with another's place would pass
     for expected, ok in ((right, True), (right * 1.009, True), (right * 1.02, False), (0 * right, False)):
         row = debugstate._difference("w1", "dfcw", [expected[:1], expected[1:]], right, debugstate.GRADS, 1.0)
         assert row.ok == ok

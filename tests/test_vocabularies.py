@@ -94,10 +94,13 @@ def test_more_tokens_than_rows_are_refused(padded):
 
 
 def test_training_goes_on_in_all_rows(padded):
-    """From a text and from shards; resumed; and with as many rows as one likes."""
+    """From a text and from shards, with ids beyond the tokenizer's as well; resumed; and with as many rows as
+    one likes."""
+    (padded / "rows").mkdir()
+    write_shard(padded / "rows/t_train.bin", [0, 1, ROWS - 1] * 10)
     (padded / "text.txt").write_text("ab cab " * 20)
     options = {"engine": "reference", "samples": 2, "progress": False, "set": {"window": 4}}
-    for data, out in (("text.txt", "a"), ("data", "b")):
+    for data, out in (("text.txt", "a"), ("data", "b"), ("rows", "c")):
         if data == "data":
             succeeds("tokenize", "text.txt", "--tokenizer", "hf", "--out", "data", cwd=padded)
         trained = tl.train(padded / data, pretrained=padded / "hf", steps=1, out=padded / out, **options)
