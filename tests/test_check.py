@@ -148,6 +148,16 @@ def test_a_planted_mistake_is_named(op, output, mistake, monkeypatch, capsys):
     assert set(re.split(r"[,\s]+", failed[1])) & set(named)
 
 
+def test_a_failed_check_tells_of_the_same_model(monkeypatch, capsys):
+    arguments = ["check", "microgpt", *SMALL, "--engine=reference", "--entries=3"]
+    assert run(arguments) == 0
+    headline = capsys.readouterr().out.strip().splitlines()[0]
+    plant(monkeypatch, "linear_backward", "dw", MISTAKES["sign"])
+    assert run(arguments) == 1
+    assert re.match(r"microgpt, \d+ parameters: ", headline)
+    assert capsys.readouterr().out.strip().splitlines()[0] == headline
+
+
 @pytest.mark.parametrize(
     "options", [[], LAYERED, MHC, ["--set=tied=true"]], ids=["plain", "layer", "mhc", "tied"]
 )

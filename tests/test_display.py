@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import warnings
 from contextlib import contextmanager, suppress
 
+import numpy as np
 import pytest
 
 import tapeless as tl
@@ -328,6 +330,22 @@ def test_a_second_signal_leaves_out_what_takes_long(number, code, tmp_path):
     assert process.communicate()[1] == "Interrupted.\n"
     assert process.returncode == code
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def test_each_line_tells_the_mean_of_its_own_steps(tmp_path):
+    """However many steps the engine does at once: it soon does more than there are from line to line."""
+    told = succeeds("train", "--steps", "205", "--samples", "0", "--out", "run", cwd=tmp_path).stderr
+    rows = losses(tmp_path / "run")
+    lines = re.findall(r"^step ([\d,]+)/205: loss ([\d.]+) \(mean of (\d+)\)", told, re.MULTILINE)
+    assert [int(step) for step, _, _ in lines] == [*range(21, 205, 21), 205]
+    before = 0
+    for step, mean, count in lines:
+        assert int(count) == int(step) - before
+        assert float(mean) == pytest.approx(np.mean(rows[before : int(step)]), abs=6e-5)
+        before = int(step)
 
 
 # ---------------------------------------------------------------- errors between steps
