@@ -124,6 +124,17 @@ def test_loss_logits_and_gradients(pair, name):
     assert len(compared) >= 30
 
 
+def test_buffers_keep_room_for_the_largest_of_each():
+    """Of tokens and of documents: otherwise batches that take turns would allocate every time."""
+    engine = tl.GPT(PRESETS["microgpt"], None, "reference").engine
+    engine.reserve(64, 2)
+    engine.reserve(16, 8)
+    logits = engine.a.logits
+    assert logits.shape[0] == 64
+    engine.reserve(64, 8)
+    assert engine.a.logits is logits
+
+
 def test_small_batches_after_large_ones(pair):
     """Buffers keep what an earlier, larger batch left in them; none of it may count."""
     cpu, _ = pair("no-norm")

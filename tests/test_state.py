@@ -111,6 +111,8 @@ def test_small_gradients_are_compared_as_well():
         row = debugstate._difference("w1", "dfcw", [expected[:1], expected[1:]], right, debugstate.GRADS, 1.0)
         assert row.ok == ok
         assert row.largest == pytest.approx(np.abs(expected - right).max())
+    row = debugstate._difference("w1", "dfcw", [right * np.nan], right, debugstate.GRADS, 1.0)
+    assert (row.ok, row.largest) == (False, np.inf)
 
 
 # ---------------------------------------------------------------- writing
