@@ -16,6 +16,8 @@ import tapeless as tl
 from commands import contents, refused, succeeds, tapeless
 from firmware import STRICT, export, needs, run
 from tapeless.data.tokenizers import CharTokenizer
+from tapeless.errors import ConfigError
+from tapeless.export import budget
 from tapeless.export.int8 import quantise
 from tapeless.settings import parse_setting
 
@@ -403,6 +405,18 @@ def test_a_damaged_run_is_refused(trained_run, training, tmp_path):
 def test_counts_that_a_chip_cannot_hold_are_refused(tmp_path):
     line = refused("export", "microgpt", "--steps", 3_000_000_000, "--out", "p", cwd=tmp_path)
     assert "steps × batch_size must be below 2,147,483,647 on a chip" in line
+
+
+@pytest.mark.parametrize("name", budget.CHIPS)
+@pytest.mark.parametrize("kind", ["ram", "flash"])
+def test_a_chip_may_be_filled_to_its_last_byte(name, kind):
+    most = getattr(budget.CHIPS[name], kind)
+    rows = [budget.Row("parameters", 0, 0)._replace(**{kind: most - 8}), budget.Row("documents", 4, 8)]
+    if kind == "ram":
+        rows.append(budget.Row("documents", 4, 0))
+    budget.check(rows, name)
+    with pytest.raises(ConfigError, match=f"needs {most + 1:,} bytes .*most are parameters"):
+        budget.check([*rows, budget.Row("tokenizer", 0, 0)._replace(**{kind: 1})], name)
 
 
 def test_options_that_would_do_nothing_are_refused(trained_run, tmp_path):
